@@ -1,0 +1,179 @@
+"""Compare learners on the same tasks: ``python -m app.compare runs/a runs/b …``, from what their tests left behind.
+
+Tasks differ more among themselves than learners do on one task, so differences are paired: an interval of the
+difference on the same tasks is much narrower than those of the two figures suggest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from app import figures
+from app.cli import one_line_errors
+from app.metrics import POOLED, aggregate, interval, resampled
+from app.progress import headline_text
+from app.run import EVALUATIONS, ConfigError, slug, write_atomically
+from app.tested import SETTINGS, Evaluation, refuse_other_tasks
+
+
+def difference(name: str, first: Tensor, second: Tensor) -> tuple[float, float]:
+    """First minus second and the half-width of its 95 % interval, paired by task; of pooled figures by resamples.
+
+    Args:
+        name: of the figure, or of the counts that one is pooled from.
+        first, second: of each task, (T, …).
+    """
+    first, second = first.double(), second.double()
+    if name not in POOLED:
+        return interval(first - second)
+    pooled = POOLED[name][1]
+    half = 1.96 * (resampled(first, pooled) - resampled(second, pooled)).std()
+    return (pooled(first.sum(0)) - pooled(second.sum(0))).item(), half.item()
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """A short name for each folder: its run's, with what tells its evaluation from the others where that is needed."""
+    runs = [_run_of(folder).name for folder in folders]
+    words = [folder.name.split("-") if folder.absolute().parent.name == EVALUATIONS else [] for folder in folders]
+    while all(len(of) > 1 for of in words) and len({of[-1] for of in words}) == 1:
+        words = [of[:-1] for of in words]  # what all were evaluated with
+    own = [f"{run} {'-'.join(of)}".rstrip() for run, of in zip(runs, words, strict=True)]
+    return next((names for names in (runs, own) if len(set(names)) == len(names)), [str(f) for f in folders])
+
+
+def _run_of(folder: Path) -> Path:
+    folder = folder.absolute()
+    return folder.parent.parent if folder.parent.name == EVALUATIONS else folder
+
+
+def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Figures of each learner and paired differences of each two, ready for JSON.
+
+    Raises:
+        ConfigError: they were not tested on the same tasks.
+    """
+    refuse_other_tasks(evaluations)
+    names = labels([e.folder for e in evaluations])
+    learners, differences = [], []
+    for name, one in zip(names, evaluations, strict=True):
+        found = aggregate(one.figures)
+        told = {n: _numbers(found[n], found[f"{n}_ci95"]) for n in found if f"{n}_ci95" in found}
+        learners.append(
+            {"learner": name, "algorithm": one.about["algorithm"], "folder": str(one.folder), "figures": told}
+        )
+    for (name, one), (other_name, other) in itertools.combinations(zip(names, evaluations, strict=True), 2):
+        told = {}
+        for figure in learners[0]["figures"]:
+            of = next((counts for counts, (pooled, _) in POOLED.items() if pooled == figure), figure)
+            if of in one.figures and of in other.figures and len(one.figures[of]) == len(other.figures[of]):
+                told[figure] = _numbers(*difference(of, one.figures[of], other.figures[of]))
+        differences.append({"learner": name, "minus": other_name, "figures": told})
+    shared = {key: evaluations[0].about[key] for key in SETTINGS}
+    return {**shared, "learners": learners, "differences": differences}
+
+
+def _numbers(mean: float, half: float) -> dict[str, float | None]:
+    return {"mean": None if math.isnan(mean) else mean, "ci95": None if math.isnan(half) else half}
+
+
+def _text(name: str, figure: dict[str, float | None], signed: bool = False) -> str:
+    mean, half = (math.nan if (value := figure[key]) is None else value for key in ("mean", "ci95"))
+    return headline_text(name, mean, half, signed) + (" *" if signed and abs(mean) > half else "")
+
+
+def show(content: dict[str, Any], console: Console | None = None) -> None:
+    """The tables in the terminal."""
+    console = console or Console()
+    ways = f"{content['ways']}-way " if content["ways"] else ""
+    shape = f", {ways}{content['shots']}-shot" if content["shots"] else ""
+    over = f"{content['data']}{shape}: the same {content['tasks']:,} meta-test tasks"
+    names = list(dict.fromkeys(name for learner in content["learners"] for name in learner["figures"]))
+    for key, title, heading in (
+        ("learners", over, "mean ± 95 % interval"),
+        ("differences", "Paired differences", "first - second ± 95 % interval"),
+    ):
+        table = Table(title=title, title_justify="left")
+        for column in ("figure", "learner" if key == "learners" else "first - second"):
+            table.add_column(column, overflow="fold")
+        table.add_column(heading, justify="right")
+        for name in names:
+            rows = [row for row in content[key] if name in row["figures"]]
+            for row in rows:
+                label = f"{row['learner']} - {row['minus']}" if "minus" in row else row["learner"]
+                text = _text(name, row["figures"][name], signed="minus" in row)
+                table.add_row(name if row is rows[0] else "", label, text, end_section=row is rows[-1])
+        console.print(table)
+    console.print("* the interval excludes zero; each is by itself, whatever the number of pairs", highlight=False)
+
+
+def as_csv(content: dict[str, Any]) -> str:
+    """A line for each figure of each learner, and of each two."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["learner", "minus", "figure", "mean", "ci95"])
+    for row in (*content["learners"], *content["differences"]):
+        for name, figure in row["figures"].items():
+            writer.writerow([row["learner"], row.get("minus", ""), name, figure["mean"], figure["ci95"]])
+    return text.getvalue()
+
+
+def place(folders: Sequence[Path]) -> Path:
+    """Where a comparison is left: beside the runs, or in the one that all are of."""
+    base = Path(os.path.commonpath([_run_of(folder) for folder in folders]))
+    return base / "comparisons" / slug(labels(folders))
+
+
+def leave(evaluations: Sequence[Evaluation], out: Path, command: str) -> None:
+    """Compare, print, and write comparison.json, .csv and .png.
+
+    Raises:
+        ConfigError: other tasks, or a folder that cannot be written.
+    """
+    content = compare(evaluations)
+    content |= {"command": command, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    show(content)
+    try:
+        write_atomically(out / "comparison.json", json.dumps(content, indent=2) + "\n")
+        write_atomically(out / "comparison.csv", as_csv(content))
+        over = f"{content['data']}, the same {content['tasks']:,} meta-test tasks"
+        figures.save(figures.comparison(content["learners"], content["differences"], over), out / "comparison.png")
+    except OSError as error:
+        raise ConfigError(f"cannot write into {out} ({error.strerror}): give another --out") from error
+    Console().print(f"written: {out}/comparison.json, .csv, .png", highlight=False, soft_wrap=True)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """``python -m app.compare``."""
+    args = sys.argv[1:] if args is None else list(args)
+    parser = argparse.ArgumentParser(
+        "python -m app.compare", description="Compare finished tests on the same tasks, without any new computation."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="Of runs, runs/<name>, or of evaluations.")
+    parser.add_argument("--out", type=Path, help="Folder for what is written; by default one beside the runs.")
+    options = parser.parse_args(args)
+    with one_line_errors():
+        folders = [folder.parent if folder.is_file() else folder for folder in options.folders]
+        if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+            raise ConfigError("a comparison needs two or more folders, each of them once")
+        evaluations = [Evaluation.load(folder) for folder in folders]
+        leave(evaluations, options.out or place(folders), shlex.join(["python", "-m", "app.compare", *args]))
+
+
+if __name__ == "__main__":
+    main()

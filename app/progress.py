@@ -1,0 +1,129 @@
+"""One bar for the whole meta-training: steps, tasks per second, time left, the latest figures."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+SHARES = ("accuracy", "coverage")
+
+
+class TaskProgress(ProgressBar):
+    """A live bar on a terminal; elsewhere a line every ``quiet_seconds``.
+
+    Args:
+        headline: the figure shown, "accuracy" or "mse".
+        quiet_seconds: seconds between lines where the output is not a terminal.
+    """
+
+    def __init__(self, headline: str, quiet_seconds: float = 30.0) -> None:
+        super().__init__()
+        self.headline, self.quiet_seconds = headline, quiet_seconds
+        self.console = Console(file=sys.stderr)
+        self.bar: Progress | None = None
+        self._enabled = True
+        self._task: TaskID | None = None
+        self._clock = self._line_at = self._drawn_at = 0.0
+        self._tasks = 0
+        self._note = ""
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def _start(self, what: str, total: int | None, done: int = 0) -> None:
+        self._clock, self._tasks, self._line_at, self._what = time.monotonic(), 0, time.monotonic(), what
+        self._total, self._done, self._first = total, done, done
+        if self._enabled and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
+            self._task = self.bar.add_task(what, total=total, completed=done, rate="", note=self._note)
+            self.bar.start()
+
+    def _advance(self, done: int, tasks: int) -> None:
+        if not self._enabled:
+            return
+        self._done, self._tasks = done, self._tasks + tasks
+        now = time.monotonic()
+        if self.bar is not None and self._task is not None:
+            if now - self._drawn_at > 0.1 or done == self._total:
+                self._drawn_at = now
+                self.bar.update(self._task, completed=done, rate=f"{self._rate():,.0f} tasks/s", note=self._note)
+        elif now - self._line_at > self.quiet_seconds:
+            self._line_at = now
+            self._line()
+
+    def _rate(self) -> float:
+        return self._tasks / max(time.monotonic() - self._clock, 1e-9)
+
+    def _line(self) -> None:
+        left = ""
+        if self._total and self._done > self._first:
+            seconds = (time.monotonic() - self._clock) / (self._done - self._first) * (self._total - self._done)
+            left = f", {int(seconds) // 60}:{int(seconds) % 60:02d} left"
+        total = f"/{self._total}" if self._total else ""
+        self.console.print(f"{self._what} {self._done}{total}, {self._rate():,.0f} tasks/s{left} {self._note}")
+
+    def _stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        limit = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps > 0 else None
+        self._start("meta-train", limit, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._advance(trainer.fit_loop.epoch_loop.batch_progress.total.ready, len(batch) * trainer.world_size)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get(f"val/{self.headline}")
+        if value is not None and trainer.state.fn == "fit":
+            half = float(trainer.callback_metrics[f"val/{self.headline}_ci95"])
+            self._note = f"val {headline_text(self.headline, float(value), half)}"
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._enabled and self.bar is None:
+            self._line()
+        self._stop()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._note = ""
+        self._start("meta-test", int(sum(trainer.num_test_batches)))
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._advance(batch_idx + 1, len(batch) * trainer.world_size)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        (self.bar.console if self.bar is not None else self.console).print(*args)
+
+
+def headline_text(name: str, value: float, half: float, signed: bool = False) -> str:
+    """A figure with its interval as people read it: a share in per cent, anything else as it is."""
+    sign = "+" if signed else ""
+    if name in SHARES:
+        return f"{100 * value:{sign}.2f} ± {100 * half:.2f} %"
+    return f"{value:{sign}.4f} ± {half:.4f}"

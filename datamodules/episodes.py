@@ -1,0 +1,188 @@
+"""Episodes: the meta-batch that every algorithm receives, and how a run walks through them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+@dataclass(frozen=True)
+class Support:
+    """The support set of ONE task.
+
+    Attributes:
+        x: inputs, (S, *input).
+        y: labels in [0, ways), (S,), int64; or targets, (S, out), for regression.
+        ways: number of classes, static; 0 for regression.
+    """
+
+    x: Tensor
+    y: Tensor
+    ways: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its support set, its queries (Q, *input) and their targets (Q,) or (Q, out)."""
+
+    support: Support
+    query_x: Tensor
+    query_y: Tensor
+
+
+@dataclass
+class Episodes:
+    """A meta-batch of T tasks of one shape.
+
+    Attributes:
+        support_x: (T, S, *input); images are uint8 until they are on the device, then float32.
+        support_y: (T, S) int64, or (T, S, out) float32.
+        query_x: (T, Q, *input).
+        query_y: (T, Q) or (T, Q, out).
+        index: (T,) int64, each task's number within its split.
+        ways: number of classes of every task; 0 for regression.
+        meta_batch: number of tasks of the whole meta-batch, over all processes.
+        task: what the sampler knows of each task, name to (T, ...): class ids, amplitude and phase.
+        support_rows, query_rows: (T, S) and (T, Q), which image of the split each input is; None where inputs are drawn
+            anew for every task.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+    index: Tensor
+    ways: int = 0
+    meta_batch: int = 0
+    task: dict[str, Tensor] = field(default_factory=dict)
+    support_rows: Tensor | None = None
+    query_rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Episodes:
+        """A copy with ``function`` applied to every tensor."""
+        changed: dict[str, Any] = {
+            f.name: function(value)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, task={k: function(v) for k, v in self.task.items()}, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Episodes:
+        return self.apply(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Episodes:
+        return self.apply(lambda t: t.pin_memory())
+
+    def fingerprint(self) -> Tensor:
+        """A number by which to know each task again, (T,).
+
+        Of which images it shows, in their order, exact; where inputs are drawn anew, the sum of all squares, which
+        machines round differently.
+        """
+        if self.support_rows is not None and self.query_rows is not None:
+            rows = torch.cat([self.support_rows, self.query_rows], 1)
+            # Powers of a multiplier of linear congruential generators, modulo 2^64 as int64 has it.
+            weights = torch.full((rows.shape[1],), 6364136223846793005).cumprod(0)
+            return ((rows + 1) * weights.to(rows.device)).sum(1)
+        parts = (self.support_x, self.support_y, self.query_x, self.query_y)
+        return torch.stack([part.float().flatten(1).square().sum(1) for part in parts]).sum(0)
+
+    def __getitem__(self, i: int) -> Task:
+        support = Support(self.support_x[i], self.support_y[i], self.ways)
+        return Task(support, self.query_x[i], self.query_y[i])
+
+
+class TaskDistribution(Protocol):
+    """A distribution over tasks: episode i of a split is a pure function of (seed, split, i)."""
+
+    def sample(self, indices: Sequence[int]) -> Episodes: ...
+
+
+class EpisodeDataset(Dataset):
+    """The map-style view of a distribution; a meta-batch is one vectorised call."""
+
+    def __init__(self, distribution: TaskDistribution, meta_batch: int) -> None:
+        self.distribution = distribution
+        self.meta_batch = meta_batch
+
+    def __getitems__(self, indices: list[int]) -> Episodes:
+        return dataclasses.replace(self.distribution.sample(indices), meta_batch=self.meta_batch)
+
+    def __getitem__(self, index: int) -> Episodes:
+        return self.__getitems__([index])
+
+
+class TrainingTasks(Sampler[list[int]]):
+    """The endless walk through the training tasks: meta-step s uses tasks [s*B, (s+1)*B), each process its share.
+
+    Args:
+        meta_batch: B, the tasks of one meta-step over all processes; at least one for each process.
+        rank: this process.
+        world_size: number of processes.
+        first_step: called when iteration starts; the meta-step to start at (more than 0 after a resume).
+
+    Raises:
+        ValueError: fewer tasks than processes.
+    """
+
+    def __init__(self, meta_batch: int, rank: int, world_size: int, first_step: Callable[[], int]) -> None:
+        if meta_batch < world_size:
+            raise ValueError(
+                f"meta_batch_size is {meta_batch} but there are {world_size} processes: give each at least one task "
+                f"(--data.init_args.meta_batch_size {world_size}) or use fewer devices"
+            )
+        self.meta_batch, self.rank, self.world_size, self.first_step = meta_batch, rank, world_size, first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.first_step()
+        while True:
+            start = step * self.meta_batch
+            yield list(range(start + self.rank, start + self.meta_batch, self.world_size))
+            step += 1
+
+
+class EvaluationTasks(Sampler[list[int]]):
+    """Tasks 0 … total-1 once, in batches; each process a disjoint share, none repeated."""
+
+    def __init__(self, total: int, batch: int, rank: int, world_size: int) -> None:
+        if total < world_size:
+            raise ValueError(f"{total} evaluation tasks for {world_size} processes: ask for at least one each")
+        share = list(range(rank, total, world_size))
+        # As many batches on every process: DDP's forward waits for the others.
+        count = min(-(-total // (batch * world_size)), total // world_size)
+        cuts = [len(share) * i // count for i in range(count + 1)]
+        self.batches = [share[a:b] for a, b in pairwise(cuts)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def episode_loader(
+    distribution: TaskDistribution, sampler: Sampler[list[int]], meta_batch: int, workers: int, pin_memory: bool
+) -> DataLoader:
+    """A DataLoader whose batches are Episodes."""
+    return DataLoader(
+        EpisodeDataset(distribution, meta_batch),
+        batch_sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )

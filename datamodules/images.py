@@ -1,0 +1,240 @@
+"""Few-shot image classification: one contiguous store of images, episodes gathered from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.base import DataError, EpisodicDataModule, at_least
+from datamodules.episodes import Episodes
+from datamodules.streams import TaskStreams
+
+Rotations = Literal["none", "random", "classes"]
+
+
+@dataclass
+class ImageClasses:
+    """Images by class.
+
+    Attributes:
+        images: (N, C, H, W) uint8, the classes one after the other.
+        counts: (K,) int64, images of each class.
+        names: K class names, unique: "alphabet/character", or a folder's name.
+        groups: K group names (alphabet, script), for episodes within one group; equal names are one group.
+    """
+
+    images: Tensor
+    counts: np.ndarray
+    names: list[str]
+    groups: list[str]
+
+    def __post_init__(self) -> None:
+        self.counts = np.asarray(self.counts, np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, classes: Sequence[int]) -> ImageClasses:
+        """The named classes, in the order given."""
+        rows = [np.arange(self.starts[c], self.starts[c] + self.counts[c]) for c in classes]
+        return ImageClasses(
+            self.images[torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, np.int64))],
+            self.counts[list(classes)],
+            [self.names[c] for c in classes],
+            [self.groups[c] for c in classes],
+        )
+
+
+def shuffled(names: Sequence[str], seed: int) -> list[str]:
+    """Names in an order of ``seed``'s own: that of their hashes, which is the same on every platform and version."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+
+
+def refuse_overlap(splits: Mapping[str, Sequence[str]]) -> None:
+    """Refuse class splits that share a class.
+
+    Raises:
+        DataError: naming the class and its splits.
+    """
+    home: dict[str, str] = {}
+    for split, names in splits.items():
+        for name in names:
+            if (other := home.setdefault(name, split)) != split:
+                raise DataError(f"class {name!r} is in both {other} and {split}: leave it in one of the two")
+
+
+class ImageTasks:
+    """Ways-way tasks over a set of classes; episode i is a pure function of (seed, split, i).
+
+    Args:
+        classes: the split's classes.
+        ways, shots, queries: classes per task; support and query images per class.
+        rotations: "none"; "random" turns each class of a task by a random multiple of 90° (support and query
+            alike); "classes" makes each turn of a character a class of its own (4 times as many).
+        within_group: all classes of a task come from one group (an alphabet's own characters).
+        seed, split: of the episodes.
+
+    Raises:
+        DataError: fewer classes than ways, or a class with fewer images than shots + queries.
+    """
+
+    def __init__(
+        self,
+        classes: ImageClasses,
+        ways: int,
+        shots: int,
+        queries: int,
+        *,
+        seed: int,
+        split: str,
+        rotations: Rotations = "none",
+        within_group: bool = False,
+    ) -> None:
+        self.classes, self.ways, self.shots, self.queries = classes, ways, shots, queries
+        self.seed, self.split, self.rotations = seed, split, rotations
+        self.turns = 1 if rotations == "none" else 4
+        total = len(classes) * (4 if rotations == "classes" else 1)
+        if total < ways:
+            cure = "give the split more classes" + (f", or lower ways to {total}" if total > 1 else "")
+            raise DataError(f"the {split} split has {total} classes but a task needs {ways}: {cure}")
+        if (short := classes.counts < shots + queries).any():
+            k = int(np.flatnonzero(short)[0])
+            raise DataError(
+                f"class {classes.names[k]!r} ({split}) has {classes.counts[k]} images but a task needs {shots} shots + "
+                f"{queries} queries of each class: lower them, add images, or leave the class out"
+            )
+        self.members: list[np.ndarray] | None = None
+        if within_group:
+            names = np.array(classes.groups)
+            self.members = [np.flatnonzero(names == g) for g in dict.fromkeys(classes.groups)]
+            factor = 4 if rotations == "classes" else 1
+            for group in self.members:
+                if len(group) * factor < ways:
+                    raise DataError(
+                        f"group {names[group[0]]!r} ({split}) has {len(group) * factor} classes but a task within one "
+                        f"group needs {ways}: lower ways"
+                    )
+        images = classes.images
+        self.images = images if self.turns == 1 else torch.cat([torch.rot90(images, r, (2, 3)) for r in range(4)])
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names by the class ids of ``Episodes.task["classes"]``."""
+        turns = range(4) if self.rotations == "classes" else range(1)
+        return [f"{n}@{90 * r}" if r else n for r in turns for n in self.classes.names]
+
+    def sample(self, indices: Sequence[int]) -> Episodes:
+        rng = TaskStreams(self.seed, self.split, indices)
+        tasks, per_class = len(indices), self.shots + self.queries
+        factor = 4 if self.rotations == "classes" else 1
+        if self.members is None:
+            drawn = rng.choice(len(self.classes) * factor, self.ways)
+            base, turn = drawn % len(self.classes), drawn // len(self.classes)
+        else:
+            group = rng.integers(len(self.members))
+            sizes = np.array([len(m) for m in self.members])[group]
+            drawn = rng.choice(sizes * factor, self.ways)
+            turn = drawn // sizes[:, None]
+            base = np.stack([self.members[g][d] for g, d in zip(group, drawn % sizes[:, None], strict=True)])
+        ids = base + turn * len(self.classes)
+        if self.rotations == "random":
+            turn = rng.integers(4, self.ways)
+        instance = rng.choice(self.classes.counts[base], per_class, self.ways)  # (T, ways, shots + queries)
+        rows = (self.classes.starts[base] + turn * len(self.classes.images))[..., None] + instance
+        images = self.images[torch.from_numpy(rows.reshape(-1))]
+        images = images.view(tasks, self.ways, per_class, *images.shape[1:])
+        label = torch.arange(self.ways)
+        return Episodes(
+            support_x=images[:, :, : self.shots].flatten(1, 2),
+            support_y=label.repeat_interleave(self.shots).expand(tasks, -1),
+            query_x=images[:, :, self.shots :].flatten(1, 2),
+            query_y=label.repeat_interleave(self.queries).expand(tasks, -1),
+            index=torch.as_tensor(np.asarray(indices, np.int64)),
+            ways=self.ways,
+            task={"classes": torch.from_numpy(ids)},
+            support_rows=torch.from_numpy(rows[:, :, : self.shots]).flatten(1),
+            query_rows=torch.from_numpy(rows[:, :, self.shots :]).flatten(1),
+        )
+
+
+class ImageDataModule(EpisodicDataModule):
+    """Few-shot image classification. Subclasses say what the classes of each split are.
+
+    Args:
+        ways: classes per task.
+        shots: support images per class.
+        queries: query images per class in meta-validation and meta-test.
+        train_ways, train_shots, train_queries: of meta-training tasks, where they differ (None: the same).
+        root: folder of the data and its cache.
+        meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule.
+    """
+
+    rotations: dict[str, Rotations] = {}
+    within_group = False
+
+    def __init__(
+        self,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        train_ways: int | None = None,
+        train_shots: int | None = None,
+        train_queries: int | None = None,
+        root: str = "data",
+        meta_batch_size: int = 32,
+        val_tasks: int = 600,
+        test_tasks: int = 10_000,
+        eval_batch_size: int = 50,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed)
+        at_least(2, ways=ways, train_ways=train_ways)
+        at_least(1, shots=shots, queries=queries, train_shots=train_shots, train_queries=train_queries)
+        self.ways, self.shots, self.queries = ways, shots, queries
+        self.train_ways = train_ways or ways
+        self.train_shots = train_shots or shots
+        self.train_queries = train_queries or queries
+        self.root = root
+
+    def classes(self, split: str) -> ImageClasses:
+        """The classes of one split."""
+        raise NotImplementedError
+
+    def to_store(self, image) -> Tensor:
+        """A user's picture (PIL.Image) as this data stores its own: (C, H, W) uint8, same size and polarity."""
+        raise NotImplementedError
+
+    def build(self, split: str) -> ImageTasks:
+        return self.tasks(self.classes(split), split)
+
+    def tasks(self, classes: ImageClasses, split: str) -> ImageTasks:
+        """The tasks of one split, over given classes."""
+        train = split == "train"
+        return ImageTasks(
+            classes,
+            self.train_ways if train else self.ways,
+            self.train_shots if train else self.shots,
+            self.train_queries if train else self.queries,
+            seed=self.seed,
+            split=split,
+            rotations=self.rotations.get(split, "none"),
+            within_group=self.within_group,
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images of any leading shape to what the backbone sees: float32 in [0, 1]."""
+        return images.float() / 255
+
+    def on_device(self, episodes: Episodes) -> Episodes:
+        return dataclasses.replace(
+            episodes, support_x=self.normalize(episodes.support_x), query_x=self.normalize(episodes.query_x)
+        )

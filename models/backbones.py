@@ -1,0 +1,127 @@
+"""Backbones: networks from an input to features; ``out_features`` says how many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.base import at_least
+from models.normalization import BatchNorm, replace_batch_norm
+
+
+class Backbone(nn.Module):
+    """(N, *input) to (N, out_features). ``input_shape`` is (channels, height, width), or (features,) for an MLP."""
+
+    out_features: int
+    input_shape: tuple[int, ...]
+
+
+class Conv4(Backbone):
+    """Four blocks of 3×3 convolution, batch norm and ReLU: the field's standard backbone.
+
+    Args:
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images.
+        hidden: filters of every block (64; 32 in MAML's miniImageNet).
+        image_size: height and width of the input, pixels.
+        downsample: "stride" halves by strided convolution and averages over what is left (MAML's Omniglot network,
+            Finn et al. 2017); "pool" halves by 2×2 max pooling and flattens (Vinyals et al. 2016, Snell et al. 2017).
+        flatten: keep what is left where it is instead of averaging, also with strides (Nichol et al. 2018).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        hidden: int = 64,
+        image_size: int = 28,
+        downsample: Literal["stride", "pool"] = "stride",
+        flatten: bool = False,
+    ) -> None:
+        super().__init__()
+        at_least(1, in_channels=in_channels, hidden=hidden)
+        at_least(16 if downsample == "pool" else 1, image_size=image_size)
+        self.downsample, self.flatten = downsample, flatten or downsample == "pool"
+        self.input_shape = (in_channels, image_size, image_size)
+        stride = 2 if downsample == "stride" else 1
+        channels = (in_channels, hidden, hidden, hidden)
+        convs = [nn.Conv2d(c, hidden, 3, stride, padding=1) for c in channels]
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(BatchNorm(hidden) for _ in channels)
+        for conv in convs:  # Glorot and Bengio 2010, as both reference implementations of this network
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.constant_(cast(Tensor, conv.bias), 0.0)
+        side = image_size // 16 if downsample == "pool" else -(-image_size // 16)
+        self.out_features = hidden * side**2 if self.flatten else hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x))
+            if self.downsample == "pool":
+                x = F.max_pool2d(x, 2)  # before ReLU: the same values from a quarter of the work
+            x = F.relu(x)
+        return x.flatten(1) if self.flatten else x.mean((2, 3))
+
+
+class MLP(Backbone):
+    """Fully connected layers with ReLU; batch norm where asked for.
+
+    Args:
+        in_features: size of the input; images are flattened.
+        hidden: sizes of the hidden layers (40, 40 for MAML's sinusoid; 256, 128, 64, 64 with batch norm for its
+            Omniglot without convolutions).
+        batch_norm: normalise after every layer.
+    """
+
+    def __init__(self, in_features: int = 1, hidden: Sequence[int] = (40, 40), batch_norm: bool = False) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden]
+        for i, size in enumerate(sizes):
+            at_least(1, **{"in_features" if i == 0 else f"hidden[{i - 1}]": size})
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.norms = nn.ModuleList(BatchNorm(s) if batch_norm else nn.Identity() for s in hidden)
+        self.input_shape = (in_features,)
+        self.out_features = sizes[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.relu(norm(layer(x)))
+        return x
+
+
+class Learn2Learn(Backbone):
+    """A backbone of learn2learn's, with our batch norm in place of its own.
+
+    Args:
+        name: "cnn4", "resnet12" or "wrn28".
+        in_channels: of the input; the residual networks take 3.
+        hidden: filters of cnn4.
+        image_size: height and width of the input, pixels.
+    """
+
+    def __init__(
+        self,
+        name: Literal["cnn4", "resnet12", "wrn28"] = "cnn4",
+        in_channels: int = 3,
+        hidden: int = 64,
+        image_size: int = 84,
+    ) -> None:
+        super().__init__()
+        import learn2learn.vision.models as l2l  # not on the import path of those who do not use it
+
+        if name == "cnn4":
+            self.out_features = hidden * (image_size // 16) ** 2
+            body = l2l.CNN4Backbone(hidden_size=hidden, channels=in_channels, max_pool=True)
+        else:
+            if in_channels != 3:
+                raise ValueError(f"learn2learn's {name} takes 3 channels, not {in_channels}")
+            body = l2l.ResNet12Backbone() if name == "resnet12" else l2l.WRN28Backbone()
+            self.out_features = 640
+        self.input_shape = (in_channels, image_size, image_size)
+        self.body = replace_batch_norm(body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).flatten(1)

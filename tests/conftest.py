@@ -1,0 +1,24 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import pytest
+import torch
+
+import app  # noqa: F401  (before anything imports torchmetrics)
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Every test starts from the same random state and leaves threads and default type as they were."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_default_dtype(torch.float32)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

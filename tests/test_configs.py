@@ -1,0 +1,92 @@
+"""Every YAML parses and builds what it describes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fixtures import fake_omniglot, image_tree
+
+from app.cli import MetaboltCLI, main
+from app.run import ConfigError
+from datamodules import Omniglot
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("overlays", "sweeps"))
+OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+
+
+def build(*flags: str) -> MetaboltCLI:
+    return MetaboltCLI([*flags, "--wandb", "off"])
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_configuration_builds_and_its_dump_builds_the_same(path, tmp_path):
+    """Catches a key that was renamed in the code only, a head that does not fit the ways, an incomplete dump."""
+    cli = build("--config", str(path), "--runs", str(tmp_path))
+    assert cli.setting("name") == (path.stem if path.parent == CONFIGS else f"{path.parent.name}-{path.stem}")
+    assert path.read_text().startswith("# ")
+    copy = tmp_path / "config.yaml"
+    copy.write_text(cli.yaml())
+    again = build("--config", str(copy))
+    assert again.yaml() == cli.yaml()
+    assert again.trainer.max_steps == cli.trainer.max_steps > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_configuration_runs(path, tmp_path, monkeypatch):
+    """Catches settings that build but do not run: a few meta-updates at full size, validated, tested and reported."""
+    fake = fake_omniglot(tmp_path / "data")
+    for name in ("characters", "drawers", "checksums"):
+        monkeypatch.setattr(Omniglot, name, getattr(fake, name))
+    monkeypatch.setattr(Omniglot, "maml_sizes", {"train": 30, "val": 25, "test": 25})
+    root = image_tree(tmp_path / "images", {f"class{k:02d}": 24 for k in range(40)})
+    place = {"datamodules.Omniglot": tmp_path / "data", "datamodules.ImageFolder": root, "datamodules.Glyphs": "data"}
+    data = yaml.safe_load(path.read_text())["data"]["class_path"]
+    flags = ["--data.init_args.root", str(place[data])] if data in place else []
+    short = ["--config", str(CONFIGS / "overlays" / "debug.yaml"), "--data.init_args.queries", "3"]
+    main(["--config", str(path), *short, "--runs", str(tmp_path), "--name", "x", *flags])
+    figures = json.loads((tmp_path / "x" / "results.json").read_text())["figures"]
+    assert all(math.isfinite(f["mean"]) for f in figures.values())
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
+def test_overlay_builds_on_a_configuration(path, tmp_path):
+    """Catches an overlay that names what is not there, or that a later flag cannot override."""
+    flags = ("--config", str(CONFIGS / "maml" / "linear-10shot.yaml"), "--config", str(path), "--runs", str(tmp_path))
+    if path.stem == "gpu" and not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="gpu"):
+            build(*flags)
+        return
+    cli = build(*flags, "--trainer.max_steps", "77")
+    assert cli.trainer.max_steps == 77
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_parameter_of_a_sweep_parses(path, tmp_path):
+    """Catches a sweep that fails hours later, on an agent: each parameter at each of its ends."""
+    sweep = yaml.safe_load(path.read_text())
+    command = sweep["command"]
+    base = [c for c in command if not c.startswith("${")]
+    assert command[-1] == "${args}"
+    assert sweep["metric"]["name"].startswith("val/")
+    values = [
+        [(name, v) for v in (p.get("values") or [p.get("value", p.get("min")), p.get("max", p.get("value"))])]
+        for name, p in sweep["parameters"].items()
+    ]
+    longest = max(map(len, values))
+    for choice in itertools.islice(zip(*map(itertools.cycle, values), strict=True), longest):
+        cli = build(*base, "--runs", str(tmp_path), *(f"--{name}={value}" for name, value in choice))
+        config = yaml.safe_load(cli.yaml())
+        for name, value in choice:
+            node = config
+            for key in name.split("."):
+                node = node[key]
+            assert node == value

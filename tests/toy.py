@@ -1,0 +1,81 @@
+"""A small classification problem that is made in memory, and one command line to train on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datamodules.images import ImageClasses, ImageDataModule
+
+FIRST = {"train": 0, "val": 100, "test": 200}
+
+
+class ToyImages(ImageDataModule):
+    """Twelve classes of noisy 16×16 patterns in each split."""
+
+    def classes(self, split: str) -> ImageClasses:
+        rng = np.random.default_rng(FIRST[split])
+        patterns = rng.uniform(0, 255, (12, 1, 1, 4, 4)).repeat(4, -1).repeat(4, -2)
+        images = np.clip(patterns + rng.normal(0, 60, (12, 20, 1, 16, 16)), 0, 255).astype(np.uint8)
+        names = [f"{split}{k}" for k in range(12)]
+        return ImageClasses(torch.from_numpy(images.reshape(-1, 1, 16, 16)), np.full(12, 20), names, names)
+
+    def to_store(self, image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image.convert("L").resize((16, 16))))[None]
+
+
+BACKBONE = ["--model.backbone", "models.Conv4", "--model.backbone.hidden", "8", "--model.backbone.image_size", "16"]
+DATA = ["--data", "toy.ToyImages", "--data.ways", "3", "--data.queries", "2", "--data.meta_batch_size", "4"]
+SIZES = ["--data.val_tasks", "8", "--data.test_tasks", "12", "--data.eval_batch_size", "4"]
+TRAINER = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--wandb", "off"]
+MAML = ["--model", "models.MAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"]
+ALGORITHMS = {
+    "MAML": MAML,
+    "FOMAML": [*MAML, "--model.first_order", "true"],
+    "MAML++": [
+        *MAML,
+        *("--model.learned_rates", "true", "--model.per_step_norm", "true"),
+        *("--model.multi_step_updates", "4", "--model.first_order_updates", "2"),
+    ],
+    "ANIL": ["--model", "models.ANIL", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"],
+    "MetaSGD": ["--model", "models.MetaSGD", *BACKBONE, "--model.outputs", "3"],
+    "Reptile": [
+        *("--model", "models.Reptile", *BACKBONE, "--model.outputs", "3", "--model.eval_inner_steps", "4"),
+        # Adam's first steps are signs of gradients, of rounding errors too where those are zero.
+        *("--model.inner_optimizer", "sgd", "--model.inner_rate", "0.1"),
+    ],
+    "BMAML": [  # in a loop over tasks: a convolution mapped over on a CPU passes autocast by
+        *("--model", "models.BMAML", *BACKBONE, "--model.outputs", "3"),
+        *("--model.particles", "4", "--model.follow_steps", "2", "--model.chunk", "1"),
+    ],
+    "IMAML": ["--model", "models.IMAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"],
+    "ABML": ["--model", "models.ABML", *BACKBONE, "--model.outputs", "3", "--model.kl_weight", "0.001"],
+    "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
+}
+# Flags that make what a learner draws at random vanish, for comparisons of runs that draw differently.
+NOISELESS = {
+    "ABML": [
+        *("--model.deviation", "1e-12", "--model.kl_weight", "0", "--model.inner_kl_weight", "0"),
+        *("--model.hyperprior_weight", "0"),
+    ]
+}
+
+
+def command(algorithm: str, runs: Path, *flags: str, steps: int = 12) -> list[str]:
+    """Arguments of train.py: so many meta-updates on ToyImages, validated twice."""
+    return [
+        *ALGORITHMS[algorithm],
+        *DATA,
+        *SIZES,
+        *TRAINER,
+        *("--runs", str(runs), "--name", algorithm.lower()),
+        *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", "6", "--checkpoint_every", "2"),
+        *flags,
+    ]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The state_dict of a checkpoint."""
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
