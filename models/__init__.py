@@ -9,10 +9,21 @@ from models.bmaml import BMAML
 from models.imaml import IMAML
 from models.maml import MAML
 from models.meta_sgd import MetaSGD
+from models.nearest import NearestNeighbour
 from models.protonet import ProtoNet
 from models.reptile import Reptile
 
-ALGORITHMS: tuple[type[MetaLearner], ...] = (MAML, ANIL, MetaSGD, Reptile, IMAML, BMAML, ABML, ProtoNet)
+ALGORITHMS: tuple[type[MetaLearner], ...] = (
+    MAML,
+    ANIL,
+    MetaSGD,
+    Reptile,
+    IMAML,
+    BMAML,
+    ABML,
+    ProtoNet,
+    NearestNeighbour,
+)
 
 __all__ = [
     "ABML",
@@ -26,6 +37,7 @@ __all__ = [
     "Learn2Learn",
     "MetaLearner",
     "MetaSGD",
+    "NearestNeighbour",
     "ProtoNet",
     "Reptile",
 ]
