@@ -172,6 +172,19 @@ def sgd_path(
         yield parameters
 
 
+def mini_batches(
+    examples: int, batch: int, steps: int, device: Any, generator: torch.Generator | None = None
+) -> Tensor:
+    """Which examples each step takes, (steps, batch): passes through shuffled examples, end to end.
+
+    Fewer examples than ``batch`` make the batch. With a generator of one seed they are the same for every task.
+    """
+    batch = min(batch, examples)
+    passes = -(-steps * batch // examples)
+    order = torch.rand(passes, examples, generator=generator, device=device).argsort(-1)
+    return order.flatten()[: steps * batch].view(steps, batch)
+
+
 def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
     """A scalar of this value whose gradient is that of ``surrogate``."""
     return value.detach() + surrogate - surrogate.detach()

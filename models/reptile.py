@@ -21,6 +21,7 @@ from models.functional import (
     for_ways,
     inner_gradient,
     last,
+    mini_batches,
     query,
     with_gradient,
 )
@@ -92,19 +93,14 @@ class Reptile(MetaLearner):
         return for_ways({n: self.moments.get_buffer(n.replace(".", "_")) for n in names}, ways)
 
     def mini_batches(self, examples: int) -> Tensor:
-        """Which examples each inner step takes, (steps, batch): passes through shuffled examples, end to end.
+        """Which examples each inner step takes, (steps, batch).
 
         In evaluation the same for every task, so that a result depends on the task alone.
         """
-        training = self.training
-        steps, batch = (
-            (self.inner_steps, self.inner_batch) if training else (self.eval_inner_steps, self.eval_inner_batch)
-        )
-        batch = min(batch, examples)
-        generator = None if training else torch.Generator(self.device).manual_seed(0)
-        passes = -(-steps * batch // examples)
-        order = torch.rand(passes, examples, generator=generator, device=self.device).argsort(-1)
-        return order.flatten()[: steps * batch].view(steps, batch)
+        if self.training:
+            return mini_batches(examples, self.inner_batch, self.inner_steps, self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        return mini_batches(examples, self.eval_inner_batch, self.eval_inner_steps, self.device, generator)
 
     def inner_loop(self, support: Support) -> Iterator[tuple[Parameters, Parameters]]:
         """Parameters and second moments, before the first mini-batch and after each one; no graph is kept."""
