@@ -3,16 +3,27 @@
 import app  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
 from models.abml import ABML
 from models.anil import ANIL
-from models.backbones import MLP, Conv4, Learn2Learn
+from models.backbones import MLP, Conv4, Learn2Learn, Pretrained
 from models.base import MetaLearner
 from models.bmaml import BMAML
 from models.imaml import IMAML
+from models.leo import LEO
 from models.maml import MAML
 from models.meta_sgd import MetaSGD
 from models.protonet import ProtoNet
 from models.reptile import Reptile
 
-ALGORITHMS: tuple[type[MetaLearner], ...] = (MAML, ANIL, MetaSGD, Reptile, IMAML, BMAML, ABML, ProtoNet)
+ALGORITHMS: tuple[type[MetaLearner], ...] = (
+    MAML,
+    ANIL,
+    MetaSGD,
+    Reptile,
+    IMAML,
+    BMAML,
+    ABML,
+    ProtoNet,
+    LEO,
+)
 
 __all__ = [
     "ABML",
@@ -20,12 +31,14 @@ __all__ = [
     "ANIL",
     "BMAML",
     "IMAML",
+    "LEO",
     "MAML",
     "MLP",
     "Conv4",
     "Learn2Learn",
     "MetaLearner",
     "MetaSGD",
+    "Pretrained",
     "ProtoNet",
     "Reptile",
 ]
