@@ -12,6 +12,7 @@ from models.maml import MAML
 from models.meta_sgd import MetaSGD
 from models.protonet import ProtoNet
 from models.reptile import Reptile
+from models.weight_generator import WeightGenerator
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -23,6 +24,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ABML,
     ProtoNet,
     LEO,
+    WeightGenerator,
 )
 
 __all__ = [
@@ -41,4 +43,5 @@ __all__ = [
     "Pretrained",
     "ProtoNet",
     "Reptile",
+    "WeightGenerator",
 ]
