@@ -33,6 +33,7 @@ from app.progress import TaskProgress
 from app.report import print_results, results, write_results
 from app.run import CHECKPOINTS, ConfigError, choose_run, write_atomically
 from datamodules.base import DataError, EpisodicDataModule
+from models.backbones import load_pretrained
 from models.base import MetaLearner
 
 Stage = Literal["fit", "validate", "test"]
@@ -51,7 +52,7 @@ class Parser(LightningArgumentParser):
 def valid_names(parser: LightningArgumentParser) -> list[str]:
     """Every dotted key that a configuration may hold, those of all algorithms and data modules included."""
     names = [a.dest for a in parser._actions if a.dest not in ("help", "config", "print_config")]
-    backbones = [models.Conv4, models.MLP, models.Learn2Learn]
+    backbones = [models.Conv4, models.MLP, models.Learn2Learn, models.Pretrained]
     for prefix, classes in (
         ("model.init_args.", models.ALGORITHMS),
         ("data.init_args.", datamodules.DATA),
@@ -278,7 +279,10 @@ def leave_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
 
 def run(cli: MetaboltCLI) -> None:
     """Do what ``--stage`` says."""
-    trainer, stage, checkpoint = cli.trainer, cli.setting("stage"), cli.ckpt_path
+    trainer, stage = cli.trainer, cli.setting("stage")
+    checkpoint = cli.ckpt_path or (None if stage == "fit" else _trained(cli))
+    if checkpoint is None:
+        load_pretrained(cli.model)
     common: dict[str, Any] = {"model": cli.model, "datamodule": cli.datamodule, "weights_only": True}
     cli.set_threads()
     if stage == "fit":
@@ -291,9 +295,8 @@ def run(cli: MetaboltCLI) -> None:
         checkpoint = best if best.is_file() and not trainer.fast_dev_run else None
         trainer.test(ckpt_path=checkpoint, verbose=False, **common)
     elif stage == "validate":
-        trainer.validate(ckpt_path=checkpoint or _trained(cli), **common)
+        trainer.validate(ckpt_path=checkpoint, **common)
     else:
-        checkpoint = checkpoint or _trained(cli)
         trainer.test(ckpt_path=checkpoint, verbose=False, **common)
     if stage != "validate":
         leave_results(cli, checkpoint)
@@ -346,6 +349,7 @@ def quiet_lightning() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # resuming is why
         ".*The dirpath has changed.*",
         ".*callbacks used to create the checkpoint.*",  # testing needs none of them
+        ".*in eval mode at the start of training.*",  # a frozen backbone
         ".*LeafSpec.*",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", advice)

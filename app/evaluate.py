@@ -214,8 +214,9 @@ def other_data(given: str, config: dict[str, Any]) -> dict[str, Any]:
         near = difflib.get_close_matches(data["class_path"], [f"datamodules.{c.__name__}" for c in DATA], 1, 0.4)
         raise ConfigError(f"unknown class {data['class_path']!r}" + (f": did you mean {near[0]!r}?" if near else ""))
     old = config["data"].get("init_args") or {}
-    backbone = (config["model"].get("init_args") or {}).get("backbone")
-    network = (backbone.get("init_args") or {}) if isinstance(backbone, dict) else {}
+    network = config["model"].get("init_args") or {}
+    while isinstance(backbone := network.get("backbone"), dict):  # a pretrained backbone holds the network
+        network = backbone.get("init_args") or {}
     start = {name: old[name] for name in DATA_KEPT if name in old}
     start |= {name: network[its] for name, its in DATA_FROM_BACKBONE.items() if its in network}
     settings = {name: value for name, value in start.items() if takes(data["class_path"], name)}

@@ -3,15 +3,17 @@
 import app  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
 from models.abml import ABML
 from models.anil import ANIL
-from models.backbones import MLP, Conv4, Learn2Learn
+from models.backbones import MLP, Conv4, Learn2Learn, Pretrained
 from models.base import MetaLearner
 from models.bmaml import BMAML
 from models.imaml import IMAML
+from models.leo import LEO
 from models.maml import MAML
 from models.meta_sgd import MetaSGD
 from models.nearest import NearestNeighbour
 from models.protonet import ProtoNet
 from models.reptile import Reptile
+from models.weight_generator import WeightGenerator
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -23,6 +25,8 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ABML,
     ProtoNet,
     NearestNeighbour,
+    LEO,
+    WeightGenerator,
 )
 
 __all__ = [
@@ -31,6 +35,7 @@ __all__ = [
     "ANIL",
     "BMAML",
     "IMAML",
+    "LEO",
     "MAML",
     "MLP",
     "Conv4",
@@ -38,6 +43,8 @@ __all__ = [
     "MetaLearner",
     "MetaSGD",
     "NearestNeighbour",
+    "Pretrained",
     "ProtoNet",
     "Reptile",
+    "WeightGenerator",
 ]

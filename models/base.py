@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from app.metrics import FINGERPRINT, TaskFigures, classification_figures, regression_figures
 from app.predictive import Mixture, Prediction
+from app.run import ConfigError
 from datamodules.episodes import Episodes, Support, Task
 from models.functional import map_tasks
 from models.normalization import BatchNorm, BatchNormMode, Statistics, recording
@@ -105,7 +106,8 @@ class MetaLearner(pl.LightningModule):
     @property
     def transductive(self) -> bool:
         """Whether a prediction depends on the other queries."""
-        return self.batch_norm == "transductive" and any(isinstance(m, BatchNorm) for m in self.modules())
+        own = (m for m in self.modules() if isinstance(m, BatchNorm) and not m.fixed)
+        return self.batch_norm == "transductive" and any(own)
 
     # What all share -------------------------------------------------------------------------------------------------
 
@@ -209,7 +211,10 @@ class MetaLearner(pl.LightningModule):
         self.log_dict({f"test/{name}": value for name, value in figures.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if not trained:
+            raise ConfigError("this learner has no parameters beside its frozen backbone: there is nothing to train")
+        optimizer = self.optimizer(trained)
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}

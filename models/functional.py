@@ -8,11 +8,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 from torch.utils._pytree import tree_map
 
-from datamodules.episodes import Support
+from datamodules.episodes import Support, Task
 from models.backbones import Backbone
 from models.normalization import BatchNorm, BatchNormMode, Source, Statistics, normalize_by, recording, statistics_of
 
@@ -77,6 +78,26 @@ def query(module: nn.Module, state: Adapted, x: Tensor, source: Source) -> Tenso
         return call(module, state.parameters, torch.cat([support_x, one[None]]), source, place)[-1]
 
     return vmap(alone, randomness="different")(x)
+
+
+def task_features(backbone: nn.Module, task: Task, mode: BatchNormMode, source: Source) -> tuple[Tensor, Tensor]:
+    """Features of a task's support set and of its queries, (S, features) and (Q, features), for meta-training.
+
+    Both as in evaluation; but where running averages are in use there, support and queries make one batch, as in the
+    reference code of prototypical networks: a support set alone may be too small to normalise by.
+    """
+    support = task.support
+    if mode == "running":
+        features = call(backbone, {}, torch.cat([support.x, task.query_x]), source)
+        return features[: len(support.x)], features[len(support.x) :]
+    state = adapted(backbone, {}, support, mode)
+    return call(backbone, {}, support.x, source), query(backbone, state, task.query_x, source)
+
+
+def class_means(values: Tensor, support: Support) -> Tensor:
+    """The mean (ways, …) of what the examples of each class have, (S, …); shots may differ by class."""
+    members = F.one_hot(support.y, support.ways).to(values.dtype)
+    return (members.T @ values) / members.sum(0)[:, None]
 
 
 @contextmanager

@@ -84,6 +84,9 @@ class BatchNorm(nn.Module):
         channels: C.
         momentum: weight of the newest batch in the running averages.
         eps: added to the variance.
+
+    Attributes:
+        fixed: normalise by the running averages whatever is asked for, and never move them: part of a frozen backbone.
     """
 
     running_mean: Tensor
@@ -91,7 +94,7 @@ class BatchNorm(nn.Module):
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
-        self.momentum, self.eps = momentum, eps
+        self.momentum, self.eps, self.fixed = momentum, eps, False
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -108,6 +111,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (source, step), record = _source.get(), _record.get()
+        source = "running" if self.fixed else source
         step = min(step, self.steps - 1) if self.steps else 0
         own = (self.weight, self.bias, self.running_mean, self.running_var)
         scale, shift, running_mean, running_var = (t[step] for t in own) if self.steps else own

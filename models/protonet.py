@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datamodules.episodes import Episodes, Support, Task
 from models.backbones import Backbone
 from models.base import MetaLearner, Paper
-from models.functional import EmbedOnce
+from models.functional import EmbedOnce, class_means
 from models.normalization import BatchNormMode, Statistics, normalize_by, statistics_of
 
 
@@ -69,11 +69,6 @@ class ProtoNet(MetaLearner):
             z = self.backbone(x)
         return F.normalize(z, dim=-1) if self.distance == "cosine" else z
 
-    def prototypes(self, z: Tensor, support: Support) -> Tensor:
-        """Class means (ways, features) of embeddings (S, features); shots may differ by class."""
-        members = F.one_hot(support.y, support.ways).to(z.dtype)
-        return (members.T @ z) / members.sum(0)[:, None]
-
     def similarity(self, z: Tensor, prototypes: Tensor) -> Tensor:
         """Logits (Q, ways) of embeddings (Q, features)."""
         if self.distance == "cosine":
@@ -82,7 +77,7 @@ class ProtoNet(MetaLearner):
 
     def adapt(self, support: Support) -> Prototypes:
         statistics = statistics_of(lambda: self.backbone(support.x)) if self.batch_norm == "support" else None
-        mean = self.prototypes(self.embed(support.x, statistics), support)
+        mean = class_means(self.embed(support.x, statistics), support)
         return Prototypes(mean, statistics, support if self.batch_norm == "per_query" else None)
 
     def predict(self, state: Prototypes, query_x: Tensor) -> Tensor:
@@ -94,7 +89,7 @@ class ProtoNet(MetaLearner):
         """Logits (Q, ways) where support and queries share a pass, and so batch statistics."""
         z = self.embed(torch.cat([support.x, query_x]))
         shots = len(support.y)
-        return self.similarity(z[shots:], self.prototypes(z[:shots], support))
+        return self.similarity(z[shots:], class_means(z[:shots], support))
 
     def predictions(self, batch: Episodes) -> Any:
         if self.batch_norm not in ("running", "none") or batch.support_rows is None or batch.query_rows is None:
@@ -103,7 +98,7 @@ class ProtoNet(MetaLearner):
         support_x = self.embedded(batch.support_x, batch.support_rows)
         query_x = self.embedded(batch.query_x, batch.query_rows)
         embedded = replace(batch, support_x=support_x, query_x=query_x)
-        return self.map(lambda t: self.similarity(t.query_x, self.prototypes(t.support.x, t.support)), embedded)
+        return self.map(lambda t: self.similarity(t.query_x, class_means(t.support.x, t.support)), embedded)
 
     def on_validation_epoch_start(self) -> None:
         self.embedded = EmbedOnce(self.embed)

@@ -23,6 +23,7 @@ from models.functional import (
     last,
     mini_batches,
     query,
+    split_parameters,
     with_gradient,
 )
 from models.normalization import BatchNormMode
@@ -84,13 +85,16 @@ class Reptile(MetaLearner):
         self.beta2 = beta2
         self.register_buffer("updates", torch.zeros((), dtype=torch.float64))  # of the second moments
         self.moments = torch.nn.Module()
-        for name, p in self.learner.named_parameters():
+        for name, p in self.start().items():
             self.moments.register_buffer(name.replace(".", "_"), torch.zeros_like(p))
+
+    def start(self) -> Parameters:
+        """θ: all parameters that train, batch norm's too."""
+        return split_parameters(self.learner, adapt_normalization=True)[0]
 
     def second_moments(self, ways: int) -> Parameters:
         """Adam's running means of squared gradients, as the tasks so far left them."""
-        names = [n for n, _ in self.learner.named_parameters()]
-        return for_ways({n: self.moments.get_buffer(n.replace(".", "_")) for n in names}, ways)
+        return for_ways({n: self.moments.get_buffer(n.replace(".", "_")) for n in self.start()}, ways)
 
     def mini_batches(self, examples: int) -> Tensor:
         """Which examples each inner step takes, (steps, batch).
@@ -109,7 +113,7 @@ class Reptile(MetaLearner):
             outputs = call(self.learner, parameters, support.x[rows], self.statistics_source)
             return self.loss(outputs, support.y[rows])
 
-        parameters = for_ways({n: p.detach() for n, p in self.learner.named_parameters()}, support.ways)
+        parameters = for_ways({n: p.detach() for n, p in self.start().items()}, support.ways)
         moments, count = self.second_moments(support.ways), self.updates
         yield parameters, moments
         for rows in self.mini_batches(len(support.y)):
@@ -135,7 +139,7 @@ class Reptile(MetaLearner):
     def objective(self, task: Task) -> tuple[Any, ...]:
         parameters, moments = last(self.inner_loop(task.support))
         prediction = self.predict(adapted(self.learner, parameters, task.support, self.batch_norm), task.query_x)
-        toward = [(p * (p - parameters[n]).detach()).sum() for n, p in self.learner.named_parameters()]
+        toward = [(p * (p - parameters[n]).detach()).sum() for n, p in self.start().items()]
         loss = with_gradient(self.loss(prediction, task.query_y), torch.stack(toward).sum())
         return loss, prediction, moments
 

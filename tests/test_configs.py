@@ -15,6 +15,7 @@ from fixtures import fake_omniglot, image_tree
 from app.cli import MetaboltCLI, main
 from app.run import ConfigError
 from datamodules import Omniglot
+from models import Pretrained
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("overlays", "sweeps"))
@@ -24,6 +25,18 @@ SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 
 def build(*flags: str) -> MetaboltCLI:
     return MetaboltCLI([*flags, "--wandb", "off"])
+
+
+def pretrained(path: Path, folder: Path) -> list[str]:
+    """Flags that put a checkpoint with the right backbone in place of the one that a configuration starts from."""
+    for part in build("--config", str(path), "--runs", str(folder)).model.modules():
+        if isinstance(part, Pretrained):
+            torch.save(
+                {"state_dict": {f"backbone.{n}": v for n, v in part.backbone.state_dict().items()}},
+                folder / "backbone.ckpt",
+            )
+            return ["--model.init_args.backbone.init_args.ckpt_path", str(folder / "backbone.ckpt")]
+    return []
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -52,6 +65,7 @@ def test_configuration_runs(path, tmp_path, monkeypatch):
     data = yaml.safe_load(path.read_text())["data"]["class_path"]
     flags = ["--data.init_args.root", str(place[data])] if data in place else []
     short = ["--config", str(CONFIGS / "overlays" / "debug.yaml"), "--data.init_args.queries", "3"]
+    flags += pretrained(path, tmp_path)
     main(["--config", str(path), *short, "--runs", str(tmp_path), "--name", "x", *flags])
     figures = json.loads((tmp_path / "x" / "results.json").read_text())["figures"]
     assert all(math.isfinite(f["mean"]) for f in figures.values())

@@ -54,13 +54,20 @@ ALGORITHMS = {
     "ABML": ["--model", "models.ABML", *BACKBONE, "--model.outputs", "3", "--model.kl_weight", "0.001"],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "NearestNeighbour": ["--model", "models.NearestNeighbour"],
+    "LEO": ["--model", "models.LEO", *BACKBONE, "--model.latents", "6", "--model.chunk", "1"],
+    "WeightGenerator": [
+        *("--model", "models.WeightGenerator", *BACKBONE, "--model.chunk", "1"),
+        *("--model.latents", "6", "--model.hidden", "8"),
+    ],
 }
 # Flags that make what a learner draws at random vanish, for comparisons of runs that draw differently.
 NOISELESS = {
     "ABML": [
         *("--model.deviation", "1e-12", "--model.kl_weight", "0", "--model.inner_kl_weight", "0"),
         *("--model.hyperprior_weight", "0"),
-    ]
+    ],
+    "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
+    "WeightGenerator": ["--model.stochastic", "false"],
 }
 
 
