@@ -7,7 +7,7 @@ from datamodules.image_folder import ImageFolder
 from datamodules.images import ImageDataModule
 from datamodules.learn2learn_tasksets import Learn2LearnTasksets
 from datamodules.omniglot import Omniglot
-from datamodules.regression import HarderSinusoid, Linear, Sinusoid
+from datamodules.regression import FourFamily, HarderSinusoid, Linear, Sinusoid
 
 DATA: tuple[type[EpisodicDataModule], ...] = (
     Glyphs,
@@ -17,12 +17,14 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     Sinusoid,
     HarderSinusoid,
     Linear,
+    FourFamily,
 )
 
 __all__ = [
     "DATA",
     "DataError",
     "EpisodicDataModule",
+    "FourFamily",
     "Glyphs",
     "HarderSinusoid",
     "ImageDataModule",
