@@ -6,6 +6,7 @@ from datamodules.glyphs import Glyphs
 from datamodules.image_folder import ImageFolder
 from datamodules.images import ImageDataModule
 from datamodules.learn2learn_tasksets import Learn2LearnTasksets
+from datamodules.mixture import Domain, ImageMixture
 from datamodules.omniglot import Omniglot
 from datamodules.regression import FourFamily, HarderSinusoid, Linear, Sinusoid
 
@@ -13,6 +14,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     Glyphs,
     Omniglot,
     ImageFolder,
+    ImageMixture,
     Learn2LearnTasksets,
     Sinusoid,
     HarderSinusoid,
@@ -23,12 +25,14 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
 __all__ = [
     "DATA",
     "DataError",
+    "Domain",
     "EpisodicDataModule",
     "FourFamily",
     "Glyphs",
     "HarderSinusoid",
     "ImageDataModule",
     "ImageFolder",
+    "ImageMixture",
     "Learn2LearnTasksets",
     "Linear",
     "Omniglot",
