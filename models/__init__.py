@@ -3,25 +3,28 @@
 import app  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
 from models.abml import ABML
 from models.anil import ANIL
-from models.backbones import MLP, Conv4, Learn2Learn
+from models.backbones import MLP, Conv2, Conv4, Learn2Learn
 from models.base import MetaLearner
 from models.bmaml import BMAML
+from models.hsml import HSML
 from models.imaml import IMAML
 from models.maml import MAML
 from models.meta_sgd import MetaSGD
 from models.protonet import ProtoNet
 from models.reptile import Reptile
 
-ALGORITHMS: tuple[type[MetaLearner], ...] = (MAML, ANIL, MetaSGD, Reptile, IMAML, BMAML, ABML, ProtoNet)
+ALGORITHMS: tuple[type[MetaLearner], ...] = (MAML, ANIL, MetaSGD, Reptile, IMAML, BMAML, ABML, HSML, ProtoNet)
 
 __all__ = [
     "ABML",
     "ALGORITHMS",
     "ANIL",
     "BMAML",
+    "HSML",
     "IMAML",
     "MAML",
     "MLP",
+    "Conv2",
     "Conv4",
     "Learn2Learn",
     "MetaLearner",
