@@ -326,9 +326,8 @@ class Probe:
 
     def groups(self, ids: Sequence[int]) -> list[str] | None:
         """The group of each class, where the data has groups."""
-        classes = getattr(self.tasks, "classes", None)
-        known = getattr(classes, "groups", None)
-        return None if not known else [known[k % len(known)] for k in ids]
+        known = getattr(self.tasks, "group_names", None)
+        return [known[k] for k in ids] if known else None
 
     @property
     def pictures(self) -> bool:

@@ -16,6 +16,7 @@ from datamodules.base import DataError, EpisodicDataModule, at_least
 from datamodules.episodes import Episodes
 from datamodules.streams import TaskStreams
 
+DEFAULT_ROOT = "data"
 Rotations = Literal["none", "random", "classes"]
 
 
@@ -131,8 +132,16 @@ class ImageTasks:
         turns = range(4) if self.rotations == "classes" else range(1)
         return [f"{n}@{90 * r}" if r else n for r in turns for n in self.classes.names]
 
+    @property
+    def group_names(self) -> list[str]:
+        """Groups by the class ids of ``Episodes.task["classes"]``."""
+        return self.classes.groups * (4 if self.rotations == "classes" else 1)
+
     def sample(self, indices: Sequence[int]) -> Episodes:
-        rng = TaskStreams(self.seed, self.split, indices)
+        return self.draw(indices, TaskStreams(self.seed, self.split, indices))
+
+    def draw(self, indices: Sequence[int], rng: TaskStreams) -> Episodes:
+        """The episodes of these numbers, as their streams have them."""
         tasks, per_class = len(indices), self.shots + self.queries
         factor = 4 if self.rotations == "classes" else 1
         if self.members is None:
@@ -188,7 +197,7 @@ class ImageDataModule(EpisodicDataModule):
         train_ways: int | None = None,
         train_shots: int | None = None,
         train_queries: int | None = None,
-        root: str = "data",
+        root: str = DEFAULT_ROOT,
         meta_batch_size: int = 32,
         val_tasks: int = 600,
         test_tasks: int = 10_000,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from datamodules.episodes import Episodes
 from datamodules.streams import TaskStreams
 
 Range = tuple[float, float]
+Family = Literal["sinusoid", "line", "quadratic", "cubic"]
 
 
 class FunctionFamily(Protocol):
@@ -80,6 +81,54 @@ class Lines:
         return torch.full_like(task["slope"], self.noise)
 
 
+FAMILIES: tuple[Family, ...] = ("sinusoid", "line", "quadratic", "cubic")
+"""Kinds of functions, by the numbers that ``Episodes.task["family"]`` has."""
+_COEFFICIENTS = ("amplitude", "frequency", "phase", "cube", "square", "slope", "intercept")
+
+
+@dataclass(frozen=True)
+class FourFamilies:
+    """Sinusoids, lines, quadratics and cubics, a kind drawn for each task, with the coefficients of HSML's benchmark.
+
+    y = amplitude sin(frequency x) + phase + cube x³ + square x² + slope x + intercept, where 0 is what a kind lacks.
+
+    Attributes:
+        families: kinds that are drawn, each as often as the others.
+        phase: "outside" the sine, added to it; or "inside", A sin(w x - phase).
+        noise: standard deviation of an observation's noise, in units of y.
+    """
+
+    families: Sequence[Family]
+    phase: Literal["outside", "inside"]
+    noise: float
+
+    # By kind, what is uniform in which range.
+    ranges: ClassVar[dict[Family, dict[str, Range]]] = {
+        "sinusoid": {"amplitude": (0.1, 5.0), "frequency": (0.8, 1.2), "phase": (0.0, 2 * math.pi)},
+        "line": {"slope": (-3.0, 3.0), "intercept": (-3.0, 3.0)},
+        "quadratic": {"square": (-0.2, 0.2), "slope": (-2.0, 2.0), "intercept": (-3.0, 3.0)},
+        "cubic": {"cube": (-0.1, 0.1), "square": (-0.2, 0.2), "slope": (-2.0, 2.0), "intercept": (-3.0, 3.0)},
+    }
+
+    def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
+        family = np.array([FAMILIES.index(f) for f in self.families])[rng.integers(len(self.families))]
+        drawn: dict[str, np.ndarray] = {"family": family}
+        for name in _COEFFICIENTS:
+            low, high = np.array([self.ranges[f].get(name, (0.0, 0.0)) for f in FAMILIES]).T[:, family]
+            drawn[name] = low + (high - low) * rng.uniform()
+        return drawn
+
+    def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor:
+        amplitude, frequency, phase, cube, square, slope, intercept = (task[n][..., None, None] for n in _COEFFICIENTS)
+        polynomial = ((cube * x + square) * x + slope) * x + intercept
+        if self.phase == "inside":
+            return amplitude * torch.sin(frequency * x - phase) + polynomial
+        return amplitude * torch.sin(frequency * x) + phase + polynomial
+
+    def deviation(self, task: dict[str, Tensor]) -> Tensor:
+        return torch.full_like(task["slope"], self.noise)
+
+
 class RegressionTasks:
     """Functions of a family, each observed at uniformly drawn points; episode i is a pure function of (seed, split, i).
 
@@ -125,7 +174,8 @@ class RegressionTasks:
         drawn = self.family.parameters(rng)  # always: the points below must not reuse a function's random numbers
         if self.tasks is not None:
             drawn = self.family.parameters(TaskStreams(self.seed, self.split, index % self.tasks))
-        task = {name: torch.from_numpy(value).float() for name, value in drawn.items()}
+        task = {name: torch.from_numpy(value) for name, value in drawn.items()}
+        task = {name: value.float() if value.is_floating_point() else value for name, value in task.items()}
         points = self.shots + self.queries
         x = torch.from_numpy(rng.uniform(*self.x_range, points, 1)).float()
         noise = torch.from_numpy(rng.normal(points, 1)).float()
@@ -249,6 +299,29 @@ class Linear(RegressionDataModule):
 
     def __init__(self, noise: float = 0.0, **common: Any) -> None:
         super().__init__(Lines(_deviation(noise)), **common)
+
+
+class FourFamily(RegressionDataModule):
+    """Sinusoids, lines, quadratics and cubics: the benchmark of HSML (Yao et al., ICML 2019), without noise.
+
+    Args:
+        families: kinds that tasks are drawn from; their numbers in ``Episodes.task["family"]`` stay those of all four.
+        phase: whether a sinusoid's phase is added "outside" of the sine or subtracted "inside" of it.
+        noise: standard deviation of an observation's noise, in units of y.
+        common: see RegressionDataModule.
+    """
+
+    def __init__(
+        self,
+        families: Sequence[Family] = FAMILIES,
+        # The released code, which the published figures are of, adds it to the sine; inside is what a phase is.
+        phase: Literal["outside", "inside"] = "outside",
+        noise: float = 0.0,
+        **common: Any,
+    ) -> None:
+        if not families or len(set(families)) < len(families):
+            raise ValueError(f"families are {list(families)} but must be one or more, each once")
+        super().__init__(FourFamilies(families, phase, _deviation(noise)), **common)
 
 
 def _in_order(**ranges: Range) -> None:

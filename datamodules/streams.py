@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,3 +75,9 @@ class TaskStreams:
             chosen[..., i] = np.where(taken, last, draw)
         order = np.argsort(self.bits(*shape, k), axis=-1)
         return np.take_along_axis(chosen, order, -1)
+
+    def of(self, tasks: np.ndarray) -> TaskStreams:
+        """The streams of some of the tasks, by their places, going on from here."""
+        some = copy.copy(self)
+        some._key = self._key[tasks]
+        return some

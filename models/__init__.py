@@ -3,9 +3,10 @@
 import app  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
 from models.abml import ABML
 from models.anil import ANIL
-from models.backbones import MLP, Conv4, Learn2Learn, Pretrained
+from models.backbones import MLP, Conv2, Conv4, Learn2Learn, Pretrained
 from models.base import MetaLearner
 from models.bmaml import BMAML
+from models.hsml import HSML
 from models.imaml import IMAML
 from models.leo import LEO
 from models.maml import MAML
@@ -23,6 +24,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     IMAML,
     BMAML,
     ABML,
+    HSML,
     ProtoNet,
     NearestNeighbour,
     LEO,
@@ -34,10 +36,12 @@ __all__ = [
     "ALGORITHMS",
     "ANIL",
     "BMAML",
+    "HSML",
     "IMAML",
     "LEO",
     "MAML",
     "MLP",
+    "Conv2",
     "Conv4",
     "Learn2Learn",
     "MetaLearner",

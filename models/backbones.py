@@ -95,6 +95,42 @@ class MLP(Backbone):
         return x
 
 
+class Conv2(Backbone):
+    """Two 5×5 convolutions with max pooling and local response normalisation, two dense layers: HSML's view of images.
+
+    It has no batch norm: what it sees of an image depends on no other (Yao et al. 2019, their code).
+
+    Args:
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images.
+        hidden: filters of both convolutions.
+        image_size: height and width of the input, pixels.
+        dense: sizes of the dense layers.
+    """
+
+    def __init__(
+        self, in_channels: int = 1, hidden: int = 32, image_size: int = 28, dense: tuple[int, int] = (384, 64)
+    ) -> None:
+        super().__init__()
+        at_least(1, in_channels=in_channels, hidden=hidden, image_size=image_size)
+        self.convs = nn.ModuleList(nn.Conv2d(c, hidden, 5, padding=2) for c in (in_channels, hidden))
+        side = -(-image_size // 4)
+        self.layers = nn.ModuleList([nn.Linear(hidden * side**2, dense[0]), nn.Linear(*dense)])
+        self.input_shape = (in_channels, image_size, image_size)
+        self.out_features = dense[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.convs
+        x = self.respond(F.max_pool2d(F.relu(first(x)), 3, 2, 1))
+        x = F.max_pool2d(self.respond(F.relu(second(x))), 3, 2, 1).flatten(1)
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return x
+
+    def respond(self, x: Tensor) -> Tensor:
+        """Every value over a power of 1 and the mean square of the nine channels around it."""
+        return F.local_response_norm(x, 9, alpha=1e-3, beta=0.75, k=1.0)
+
+
 class Learn2Learn(Backbone):
     """A backbone of learn2learn's, with our batch norm in place of its own.
 

@@ -61,7 +61,8 @@ def test_configuration_runs(path, tmp_path, monkeypatch):
         monkeypatch.setattr(Omniglot, name, getattr(fake, name))
     monkeypatch.setattr(Omniglot, "maml_sizes", {"train": 30, "val": 25, "test": 25})
     root = image_tree(tmp_path / "images", {f"class{k:02d}": 24 for k in range(40)})
-    place = {"datamodules.Omniglot": tmp_path / "data", "datamodules.ImageFolder": root, "datamodules.Glyphs": "data"}
+    place = dict.fromkeys(("datamodules.Omniglot", "datamodules.ImageMixture"), tmp_path / "data")
+    place |= {"datamodules.ImageFolder": root, "datamodules.Glyphs": "data"}
     data = yaml.safe_load(path.read_text())["data"]["class_path"]
     flags = ["--data.init_args.root", str(place[data])] if data in place else []
     short = ["--config", str(CONFIGS / "overlays" / "debug.yaml"), "--data.init_args.queries", "3"]

@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 import app  # noqa: F401  before anything imports pytorch_lightning
-from datamodules.regression import HarderSinusoid, Linear, RegressionDataModule, Sinusoid
+from datamodules.regression import FAMILIES, FourFamily, HarderSinusoid, Linear, RegressionDataModule, Sinusoid
 
 TASKS = 4000
 KS_LIMIT = 1.95 / math.sqrt(TASKS)  # Kolmogorov's distance that a right sample exceeds once in a thousand
@@ -117,6 +117,62 @@ def test_linear_parameters_are_standard_normal_and_independent():
     assert ks_normal(residual[:, 0] / 0.5) < KS_LIMIT
 
 
+RANGES = {  # by family, in the order in which the formulas below take them
+    "sinusoid": {"amplitude": (0.1, 5), "frequency": (0.8, 1.2), "phase": (0, 2 * math.pi)},
+    "line": {"slope": (-3, 3), "intercept": (-3, 3)},
+    "quadratic": {"square": (-0.2, 0.2), "slope": (-2, 2), "intercept": (-3, 3)},
+    "cubic": {"cube": (-0.1, 0.1), "square": (-0.2, 0.2), "slope": (-2, 2), "intercept": (-3, 3)},
+}
+FORMULAS = {
+    "sinusoid": lambda x, a, w, p: a * math.sin(w * x) + p,
+    "line": lambda x, a, b: a * x + b,
+    "quadratic": lambda x, a, b, c: a * x**2 + b * x + c,
+    "cubic": lambda x, a, b, c, d: a * x**3 + b * x**2 + c * x + d,
+}
+
+
+@pytest.mark.parametrize("phase", ["outside", "inside"])
+def test_four_families_recomputed_point_by_point(phase: str):
+    """Would catch a family with another's formula or coefficients, powers mixed up, and a phase on the wrong side."""
+    inside = {**FORMULAS, "sinusoid": lambda x, a, w, p: a * math.sin(w * x - p)}
+    data = FourFamily(phase=phase)
+    assert FourFamily().family.phase == "outside"
+    episodes = data.distribution("test").sample(range(200))
+    assert episodes.task["family"].dtype == torch.int64
+    assert set(episodes.task["family"].tolist()) == {0, 1, 2, 3}
+    x, y = both(episodes)
+    for t, number in enumerate(episodes.task["family"].tolist()):
+        family = FAMILIES[number]
+        own = [float(episodes.task[name][t]) for name in RANGES[family]]
+        formula = (FORMULAS if phase == "outside" else inside)[family]
+        np.testing.assert_allclose(y[t, :, 0], [formula(v, *own) for v in x[t, :, 0].tolist()], atol=2e-5)
+        others = set(episodes.task) - set(RANGES[family]) - {"family"}
+        assert all(episodes.task[name][t] == 0 for name in others)
+
+
+def test_four_families_are_drawn_alike_with_uniform_coefficients():
+    """Would catch a family that prevails, a wrong range, and coefficients that are tied to the family or each other."""
+    task = FourFamily().distribution("train").sample(range(4 * TASKS)).task
+    counts = torch.bincount(task["family"], minlength=4)
+    assert ((counts - TASKS) ** 2 / TASKS).sum() < 16.3  # χ² with 3 degrees of freedom, once in a thousand
+    for number, (family, ranges) in enumerate(RANGES.items()):
+        of_family = {name: task[name][task["family"] == number] for name in ranges}
+        for name, (low, high) in ranges.items():
+            assert ks_uniform(of_family[name], low, high) < 1.95 / math.sqrt(counts[number]), (family, name)
+        off_diagonal = torch.corrcoef(torch.stack(list(of_family.values()))) - torch.eye(len(ranges))
+        assert off_diagonal.abs().max() < 4 / math.sqrt(counts[number])
+
+
+def test_four_families_can_be_fewer_and_noisy():
+    """Would catch a family's number that depends on which others are drawn, and noise of another size."""
+    episodes = FourFamily(families=["cubic", "line"], noise=0.3, queries=2).distribution("val").sample(range(TASKS))
+    assert set(episodes.task["family"].tolist()) == {1, 3}
+    quiet = FourFamily(families=["cubic", "line"], queries=2).distribution("val").sample(range(TASKS))
+    assert ks_normal((episodes.query_y - quiet.query_y)[:, 0] / 0.3) < KS_LIMIT
+    with pytest.raises(ValueError, match="each once"):
+        FourFamily(families=["line", "line"])
+
+
 def test_finite_training_tasks_come_back_at_fresh_points():
     """Would catch more functions than asked for, points that repeat with the function, or a limit on test tasks."""
     data = HarderSinusoid(train_tasks=100)
@@ -133,7 +189,9 @@ def test_finite_training_tasks_come_back_at_fresh_points():
 
 
 @pytest.mark.parametrize(
-    "data", [Sinusoid(), HarderSinusoid(train_tasks=10), Linear(noise=0.1)], ids=lambda d: type(d).__name__
+    "data",
+    [Sinusoid(), HarderSinusoid(train_tasks=10), Linear(noise=0.1), FourFamily(noise=0.3)],
+    ids=lambda d: type(d).__name__,
 )
 def test_an_episode_depends_on_its_index_alone(data: RegressionDataModule):
     """Would catch episodes that change with the batch they are drawn in, and splits or seeds that share tasks."""
@@ -149,7 +207,7 @@ def test_an_episode_depends_on_its_index_alone(data: RegressionDataModule):
 
 def test_function_is_the_truth_for_one_task_and_for_many():
     """Would catch a plot of the wrong curve: a shape that broadcasts tasks against points, or noise in the truth."""
-    for data in (Sinusoid(), Linear()):
+    for data in (Sinusoid(), Linear(), FourFamily()):
         distribution = data.distribution("val")
         episodes = distribution.sample(range(3))
         assert torch.equal(distribution.function(episodes.task, episodes.query_x), episodes.query_y)

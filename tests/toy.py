@@ -52,6 +52,10 @@ ALGORITHMS = {
     ],
     "IMAML": ["--model", "models.IMAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"],
     "ABML": ["--model", "models.ABML", *BACKBONE, "--model.outputs", "3", "--model.kl_weight", "0.001"],
+    "HSML": [
+        *("--model", "models.HSML", *BACKBONE, "--model.outputs", "3", "--model.inner_rate", "0.1"),
+        *("--model.inner_steps", "2", "--model.features", "8", "--model.hidden", "6"),
+    ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "NearestNeighbour": ["--model", "models.NearestNeighbour"],
     "LEO": ["--model", "models.LEO", *BACKBONE, "--model.latents", "6", "--model.chunk", "1"],

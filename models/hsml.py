@@ -1,0 +1,245 @@
+"""Hierarchically structured meta-learning: clusters of tasks, learned, each with an initialisation of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.base import at_least
+from datamodules.episodes import Episodes, Support, Task
+from models.backbones import Backbone
+from models.base import MetaLearner, Paper
+from models.functional import (
+    Adapted,
+    Parameters,
+    adapted,
+    base_learner,
+    call,
+    fit_outputs,
+    for_ways,
+    last,
+    query,
+    sgd_path,
+    split_parameters,
+)
+from models.normalization import BatchNormMode
+from models.task_encoders import PoolingAutoencoder, RecurrentAutoencoder
+
+
+class ClusterLevel(nn.Module):
+    """One level of the hierarchy: from what its lower nodes hold to what its clusters hold (eqs. 4 and 5).
+
+    Args:
+        clusters: K, of this level.
+        size: of what a node holds.
+        deviation: σ of the soft assignment.
+    """
+
+    def __init__(self, clusters: int, size: int, deviation: float) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(nn.init.xavier_uniform_(torch.empty(clusters, size)))
+        self.weight = nn.Parameter(
+            torch.stack([nn.init.xavier_uniform_(torch.empty(size, size)) for _ in range(clusters)])
+        )
+        self.bias = nn.Parameter(torch.zeros(clusters, size))
+        self.deviation = deviation
+
+    def assignment(self, nodes: Tensor, active: Tensor | None = None) -> Tensor:
+        """How far each node (N, size) belongs to each cluster, (N, K), in all 1; nothing to those not ``active``."""
+        distance = (nodes[:, None] - self.centres).square().sum(-1)
+        score = -distance / (2 * self.deviation**2)
+        if active is not None:
+            score = torch.where(torch.arange(len(self.centres), device=score.device) < active, score, -torch.inf)
+        return score.softmax(-1)
+
+    def forward(self, nodes: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the clusters hold, (K, size), and the assignment (N, K)."""
+        assignment = self.assignment(nodes, active)
+        held = torch.tanh((self.weight @ nodes.T).permute(2, 0, 1) + self.bias)  # (N, K, size)
+        return (assignment[..., None] * held).sum(0), assignment
+
+
+class HSML(MetaLearner):
+    """Encodes a task's support set, assigns it softly to a hierarchy of clusters, and gates MAML's initialisation.
+
+    The gate η = σ(W [g; h] + b) of the task's code g and what the root of the hierarchy holds, h, multiplies every
+    single initial parameter; gradient steps on the support set follow (eqs. 6 and 7). A reconstruction loss keeps the
+    code informative. With ``max_clusters`` the first level grows while tasks keep getting harder (section 4.4).
+
+    Args:
+        backbone: the base learner without its head.
+        outputs: rows of the head: ways, or the dimension of y.
+        embedding: what the encoder sees of an input; None sees the input itself, flattened.
+        features: size of F(x, y), an example together with its target, which the encoder reads and reconstructs.
+        hidden: size of the task's code and of what clusters hold; 40 for regression, 128 for images.
+        encoder: "recurrent", a GRU, or "pooling" autoencoder aggregator.
+        ordered: the recurrent encoder reads examples in the order of the sums of their inputs, so that it encodes a
+            set; False reads them as they come, as published.
+        clusters: of each level, the root last.
+        deviation: σ of the soft assignment; 2 for regression, 10 for images.
+        reconstruction_weight: ξ of the reconstruction loss in the meta-objective.
+        inner_rate: α, the learning rate of the inner loop.
+        inner_steps: gradient steps in meta-training.
+        eval_inner_steps: gradient steps in evaluation; None takes as many as in training.
+        first_order: leave out second derivatives of the inner loop.
+        adapt_normalization: adapt batch norm's scale and shift too.
+        max_clusters: that the first level may grow to; None keeps it as it is.
+        expansion_interval: Q, meta-batches whose mean query loss is compared with that of the Q before.
+        expansion_ratio: μ; a cluster is added where the loss is more than that many times as high.
+        batch_norm, **others: see MetaLearner.
+    """
+
+    paper = Paper(
+        "Yao, Wei, Huang and Li",
+        "Hierarchically Structured Meta-learning",
+        "ICML",
+        2019,
+        "https://arxiv.org/abs/1905.05301",
+    )
+    tasks = frozenset({"classification", "regression"})
+    active: Tensor
+    counted: Tensor
+    losses: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        outputs: int = 5,
+        embedding: Backbone | None = None,
+        features: int = 20,
+        hidden: int = 40,
+        encoder: Literal["recurrent", "pooling"] = "recurrent",
+        ordered: bool = True,
+        clusters: Sequence[int] = (4, 2, 1),
+        deviation: float = 2.0,
+        reconstruction_weight: float = 0.01,
+        inner_rate: float = 0.001,
+        inner_steps: int = 5,
+        eval_inner_steps: int | None = None,
+        first_order: bool = False,
+        adapt_normalization: bool = False,
+        max_clusters: int | None = None,
+        expansion_interval: int = 1000,
+        expansion_ratio: float = 1.5,
+        batch_norm: BatchNormMode = "transductive",
+        **others: Any,
+    ) -> None:
+        super().__init__(batch_norm=batch_norm, **others)
+        at_least(1, outputs=outputs, features=features, hidden=hidden, expansion_interval=expansion_interval)
+        at_least(0, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps)
+        at_least(1, **{f"clusters[{i}]": k for i, k in enumerate(clusters)})
+        at_least(clusters[0], max_clusters=max_clusters)
+        if len(clusters) < 2 or clusters[-1] != 1:
+            raise ValueError(
+                f"clusters are {list(clusters)} but must be of two or more levels, the last of 1, the root"
+            )
+        self.learner = base_learner(backbone, outputs)
+        self.embedding = nn.Flatten() if embedding is None else embedding
+        seen = math.prod(backbone.input_shape) if embedding is None else embedding.out_features
+        # F(x, y) is linear in what is seen of x, and in y: of classes it has a row each, like the head.
+        self.joint = nn.Linear(seen, features)
+        self.head_targets = nn.Parameter(nn.init.xavier_uniform_(torch.empty(outputs, features)))
+        self.encoder = (RecurrentAutoencoder if encoder == "recurrent" else PoolingAutoencoder)(features, hidden)
+        sizes = [max_clusters or clusters[0], *clusters[1:]]
+        self.levels = nn.ModuleList(ClusterLevel(k, hidden, deviation) for k in sizes)
+        gated = {n.replace(".", "_"): p for part in split_parameters(self.learner, True) for n, p in part.items()}
+        self.gates = nn.ParameterDict({n: torch.empty(*p.shape, 2 * hidden) for n, p in gated.items()})
+        self.gate_biases = nn.ParameterDict({n: torch.zeros_like(p) for n, p in gated.items()})
+        for gate in self.gates.values():
+            nn.init.xavier_uniform_(gate.data.view(-1, 2 * hidden))
+        self.outputs, self.ordered = outputs, ordered and encoder == "recurrent"
+        self.reconstruction_weight = reconstruction_weight
+        self.inner_rate, self.inner_steps = inner_rate, inner_steps
+        self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
+        self.first_order, self.adapt_normalization = first_order, adapt_normalization
+        self.max_clusters = max_clusters
+        self.expansion_interval, self.expansion_ratio = expansion_interval, expansion_ratio
+        # Of the first level: clusters in use; meta-batches of this window; their losses' sum, and the mean before.
+        self.register_buffer("active", torch.tensor(clusters[0]))
+        self.register_buffer("counted", torch.tensor(0))
+        self.register_buffer("losses", torch.zeros(2))
+
+    def encode(self, support: Support) -> tuple[Tensor, Tensor]:
+        """The task's code (hidden,) and the loss of reconstructing its examples from it."""
+        targets = F.one_hot(support.y, support.ways) if support.ways else support.y
+        rows = fit_outputs(self.head_targets, support.ways) if support.ways else self.head_targets
+        seen = call(self.embedding, {}, support.x, self.statistics_source)
+        examples = self.joint(seen) + targets.to(rows.dtype) @ rows
+        if self.ordered:
+            examples = examples[support.x.flatten(1).sum(1).argsort()]
+        return self.encoder(examples)
+
+    def hierarchy(self, code: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the root holds, (hidden,), and every level's assignment (lower nodes, clusters)."""
+        nodes, assignments = code[None], []
+        for number, level in enumerate(self.levels):
+            nodes, assignment = level(nodes, self.active if number == 0 else None)
+            assignments.append(assignment)
+        return nodes[0], assignments
+
+    def gate(self, code: Tensor, held: Tensor, ways: int) -> Parameters:
+        """η: for each parameter of the base learner its gate, of the same shape, between 0 and 1."""
+        names = [name for name, _ in self.learner.named_parameters() if name.replace(".", "_") in self.gates]
+        weights = for_ways({n: self.gates[n.replace(".", "_")] for n in names}, ways)
+        biases = for_ways({n: self.gate_biases[n.replace(".", "_")] for n in names}, ways)
+        both = torch.cat([code, held])
+        flat = {n: F.linear(both, weights[n].flatten(0, -2), biases[n].flatten()) for n in names}
+        return {n: torch.sigmoid(score).view(biases[n].shape) for n, score in flat.items()}
+
+    def path(self, support: Support, gate: Parameters) -> Iterator[Adapted]:
+        """MAML's inner loop from the gated initialisation."""
+        parts = split_parameters(self.learner, self.adapt_normalization)
+        start, fixed = ({n: p * gate[n] for n, p in for_ways(part, support.ways).items()} for part in parts)
+
+        def support_loss(parameters: Parameters, step: int) -> Tensor:
+            return self.loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support.y)
+
+        steps = self.inner_steps if self.training else self.eval_inner_steps
+        path = sgd_path(support_loss, start, self.inner_rate, steps, self.first_order)
+        for step, parameters in enumerate(path):
+            yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
+
+    def adaptation(self, support: Support) -> Iterator[Adapted]:
+        code, _ = self.encode(support)
+        yield from self.path(support, self.gate(code, self.hierarchy(code)[0], support.ways))
+
+    def adapt(self, support: Support) -> Adapted:
+        return last(self.adaptation(support))
+
+    def predict(self, state: Adapted, query_x: Tensor) -> Tensor:
+        return query(self.learner, state, query_x, self.statistics_source)
+
+    def assignments(self, episodes: Episodes) -> Tensor:
+        """How far each task belongs to each cluster of the first level, (T, clusters)."""
+        return self.map(lambda task: self.hierarchy(self.encode(task.support)[0])[1][0][0], episodes)
+
+    def objective(self, task: Task) -> tuple[Any, ...]:
+        code, reconstruction = self.encode(task.support)
+        held, (assignment, *_) = self.hierarchy(code)
+        state = last(self.path(task.support, self.gate(code, held, task.support.ways)))
+        prediction = self.predict(state, task.query_x)
+        loss = self.loss(prediction, task.query_y)
+        entropy = -torch.xlogy(assignment, assignment).sum()
+        kept: dict[str, Any] = {"figures": {"reconstruction": reconstruction, "assignment_entropy": entropy}}
+        if self.max_clusters is not None:
+            kept["query_loss"] = loss
+        return loss + self.reconstruction_weight * reconstruction, prediction, kept
+
+    def keep(self, values: dict[str, Any]) -> None:
+        """Add a cluster where the last Q meta-batches were harder than those before by more than μ."""
+        # The same on all processes, and all of it in the checkpoint; the cluster's parameters, and the optimizer's
+        # state of them, were there all along, untouched.
+        self.counted += 1
+        self.losses[0] += values["query_loss"]
+        if self.counted < self.expansion_interval:
+            return
+        mean, before = self.losses[0] / self.expansion_interval, self.losses[1]
+        if before > 0 and mean > self.expansion_ratio * before and self.active < len(self.levels[0].centres):
+            self.active += 1
+        self.losses.copy_(torch.stack([torch.zeros_like(mean), mean]))
+        self.counted.zero_()
