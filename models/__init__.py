@@ -8,11 +8,12 @@ from models.base import MetaLearner
 from models.bmaml import BMAML
 from models.imaml import IMAML
 from models.maml import MAML
+from models.matching import MatchingNet
 from models.meta_sgd import MetaSGD
 from models.protonet import ProtoNet
 from models.reptile import Reptile
 
-ALGORITHMS: tuple[type[MetaLearner], ...] = (MAML, ANIL, MetaSGD, Reptile, IMAML, BMAML, ABML, ProtoNet)
+ALGORITHMS: tuple[type[MetaLearner], ...] = (MAML, ANIL, MetaSGD, Reptile, IMAML, BMAML, ABML, ProtoNet, MatchingNet)
 
 __all__ = [
     "ABML",
@@ -24,6 +25,7 @@ __all__ = [
     "MLP",
     "Conv4",
     "Learn2Learn",
+    "MatchingNet",
     "MetaLearner",
     "MetaSGD",
     "ProtoNet",

@@ -53,6 +53,7 @@ ALGORITHMS = {
     "IMAML": ["--model", "models.IMAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"],
     "ABML": ["--model", "models.ABML", *BACKBONE, "--model.outputs", "3", "--model.kl_weight", "0.001"],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
+    "MatchingNet": ["--model", "models.MatchingNet", *BACKBONE],
 }
 # Flags that make what a learner draws at random vanish, for comparisons of runs that draw differently.
 NOISELESS = {
