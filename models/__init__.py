@@ -11,9 +11,21 @@ from models.maml import MAML
 from models.matching import MatchingNet
 from models.meta_sgd import MetaSGD
 from models.protonet import ProtoNet
+from models.relation import RelationNet
 from models.reptile import Reptile
 
-ALGORITHMS: tuple[type[MetaLearner], ...] = (MAML, ANIL, MetaSGD, Reptile, IMAML, BMAML, ABML, ProtoNet, MatchingNet)
+ALGORITHMS: tuple[type[MetaLearner], ...] = (
+    MAML,
+    ANIL,
+    MetaSGD,
+    Reptile,
+    IMAML,
+    BMAML,
+    ABML,
+    ProtoNet,
+    MatchingNet,
+    RelationNet,
+)
 
 __all__ = [
     "ABML",
@@ -29,5 +41,6 @@ __all__ = [
     "MetaLearner",
     "MetaSGD",
     "ProtoNet",
+    "RelationNet",
     "Reptile",
 ]

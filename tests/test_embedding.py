@@ -11,15 +11,14 @@ from scipy.stats import chisquare
 from toy import ToyImages
 
 from datamodules.episodes import Support
-from models import Conv4, MatchingNet, ProtoNet
+from models import Conv4, MatchingNet, ProtoNet, RelationNet
 from models.embedding import EmbeddingLearner, shuffled, shuffled_labels
 
-
-LEARNERS = pytest.mark.parametrize("kind", [ProtoNet, MatchingNet])
+LEARNERS = pytest.mark.parametrize("kind", [ProtoNet, MatchingNet, RelationNet])
 
 
 def small(kind: type[EmbeddingLearner], **settings) -> EmbeddingLearner:
-    return kind(Conv4(hidden=4, image_size=16), **settings).eval()
+    return kind(Conv4(hidden=4, image_size=16, downsample="pool", halvings=2), **settings).eval()
 
 
 def test_orders_and_labels_are_uniform_over_tasks():

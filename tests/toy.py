@@ -54,6 +54,10 @@ ALGORITHMS = {
     "ABML": ["--model", "models.ABML", *BACKBONE, "--model.outputs", "3", "--model.kl_weight", "0.001"],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "MatchingNet": ["--model", "models.MatchingNet", *BACKBONE],
+    "RelationNet": [
+        *("--model", "models.RelationNet", *BACKBONE, "--model.filters", "8"),
+        *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
+    ],
 }
 # Flags that make what a learner draws at random vanish, for comparisons of runs that draw differently.
 NOISELESS = {
