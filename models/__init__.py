@@ -13,6 +13,7 @@ from models.meta_sgd import MetaSGD
 from models.protonet import ProtoNet
 from models.relation import RelationNet
 from models.reptile import Reptile
+from models.snail import SNAIL
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -25,6 +26,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ProtoNet,
     MatchingNet,
     RelationNet,
+    SNAIL,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "IMAML",
     "MAML",
     "MLP",
+    "SNAIL",
     "Conv4",
     "Learn2Learn",
     "MatchingNet",

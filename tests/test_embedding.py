@@ -11,10 +11,10 @@ from scipy.stats import chisquare
 from toy import ToyImages
 
 from datamodules.episodes import Support
-from models import Conv4, MatchingNet, ProtoNet, RelationNet
+from models import SNAIL, Conv4, MatchingNet, ProtoNet, RelationNet
 from models.embedding import EmbeddingLearner, shuffled, shuffled_labels
 
-LEARNERS = pytest.mark.parametrize("kind", [ProtoNet, MatchingNet, RelationNet])
+LEARNERS = pytest.mark.parametrize("kind", [ProtoNet, MatchingNet, RelationNet, SNAIL])
 
 
 def small(kind: type[EmbeddingLearner], **settings) -> EmbeddingLearner:
