@@ -13,6 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
+def checksum(numbers: Tensor) -> Tensor:
+    """(…, n) int64 to (…,), numbers to know them and their order again by."""
+    # Powers of a multiplier of linear congruential generators, modulo 2^64 as int64 has it.
+    weights = torch.full((numbers.shape[-1],), 6364136223846793005).cumprod(0)
+    return (numbers * weights.to(numbers.device)).sum(-1)
+
+
 @dataclass(frozen=True)
 class Support:
     """The support set of ONE task.
@@ -90,10 +97,7 @@ class Episodes:
         machines round differently.
         """
         if self.support_rows is not None and self.query_rows is not None:
-            rows = torch.cat([self.support_rows, self.query_rows], 1)
-            # Powers of a multiplier of linear congruential generators, modulo 2^64 as int64 has it.
-            weights = torch.full((rows.shape[1],), 6364136223846793005).cumprod(0)
-            return ((rows + 1) * weights.to(rows.device)).sum(1)
+            return checksum(torch.cat([self.support_rows, self.query_rows], 1) + 1)
         parts = (self.support_x, self.support_y, self.query_x, self.query_y)
         return torch.stack([part.float().flatten(1).square().sum(1) for part in parts]).sum(0)
 

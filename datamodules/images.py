@@ -82,6 +82,8 @@ class ImageTasks:
             alike); "classes" makes each turn of a character a class of its own (4 times as many).
         within_group: all classes of a task come from one group (an alphabet's own characters).
         seed, split: of the episodes.
+        max_shots: where given, every meta-batch has as many shots as its number draws from ``shots`` to this.
+        meta_batch: tasks of a meta-batch: episode i is of number i // ``meta_batch``.
 
     Raises:
         DataError: fewer classes than ways, or a class with fewer images than shots + queries.
@@ -98,19 +100,23 @@ class ImageTasks:
         split: str,
         rotations: Rotations = "none",
         within_group: bool = False,
+        max_shots: int | None = None,
+        meta_batch: int = 1,
     ) -> None:
         self.classes, self.ways, self.shots, self.queries = classes, ways, shots, queries
+        self.max_shots, self.meta_batch = max_shots or shots, meta_batch
         self.seed, self.split, self.rotations = seed, split, rotations
         self.turns = 1 if rotations == "none" else 4
         total = len(classes) * (4 if rotations == "classes" else 1)
         if total < ways:
             cure = "give the split more classes" + (f", or lower ways to {total}" if total > 1 else "")
             raise DataError(f"the {split} split has {total} classes but a task needs {ways}: {cure}")
-        if (short := classes.counts < shots + queries).any():
+        if (short := classes.counts < self.max_shots + queries).any():
             k = int(np.flatnonzero(short)[0])
             raise DataError(
-                f"class {classes.names[k]!r} ({split}) has {classes.counts[k]} images but a task needs {shots} shots + "
-                f"{queries} queries of each class: lower them, add images, or leave the class out"
+                f"class {classes.names[k]!r} ({split}) has {classes.counts[k]} images but a task needs "
+                f"{self.max_shots} shots + {queries} queries of each class: lower them, add images, or leave the class "
+                "out"
             )
         self.members: list[np.ndarray] | None = None
         if within_group:
@@ -137,12 +143,28 @@ class ImageTasks:
         """Groups by the class ids of ``Episodes.task["classes"]``."""
         return self.classes.groups * (4 if self.rotations == "classes" else 1)
 
+    def shots_of(self, indices: Sequence[int]) -> int:
+        """The shots of the meta-batch that these episodes are of.
+
+        Raises:
+            ValueError: they are of several, which may have different shots.
+        """
+        if self.max_shots == self.shots:
+            return self.shots
+        first, *others = {int(i) // self.meta_batch for i in indices}
+        if others:
+            raise ValueError("shots differ from one meta-batch to the next: sample the tasks of one at a time")
+        # A stream that is no episode's: meta-batches are numbered where episodes never get to.
+        rng = TaskStreams(self.seed, self.split, [2**63 + first])
+        return self.shots + int(rng.integers(self.max_shots - self.shots + 1)[0])
+
     def sample(self, indices: Sequence[int]) -> Episodes:
         return self.draw(indices, TaskStreams(self.seed, self.split, indices))
 
     def draw(self, indices: Sequence[int], rng: TaskStreams) -> Episodes:
         """The episodes of these numbers, as their streams have them."""
-        tasks, per_class = len(indices), self.shots + self.queries
+        shots = self.shots_of(indices)
+        tasks, per_class = len(indices), shots + self.queries
         factor = 4 if self.rotations == "classes" else 1
         if self.members is None:
             drawn = rng.choice(len(self.classes) * factor, self.ways)
@@ -162,15 +184,15 @@ class ImageTasks:
         images = images.view(tasks, self.ways, per_class, *images.shape[1:])
         label = torch.arange(self.ways)
         return Episodes(
-            support_x=images[:, :, : self.shots].flatten(1, 2),
-            support_y=label.repeat_interleave(self.shots).expand(tasks, -1),
-            query_x=images[:, :, self.shots :].flatten(1, 2),
+            support_x=images[:, :, :shots].flatten(1, 2),
+            support_y=label.repeat_interleave(shots).expand(tasks, -1),
+            query_x=images[:, :, shots:].flatten(1, 2),
             query_y=label.repeat_interleave(self.queries).expand(tasks, -1),
             index=torch.as_tensor(np.asarray(indices, np.int64)),
             ways=self.ways,
             task={"classes": torch.from_numpy(ids)},
-            support_rows=torch.from_numpy(rows[:, :, : self.shots]).flatten(1),
-            query_rows=torch.from_numpy(rows[:, :, self.shots :]).flatten(1),
+            support_rows=torch.from_numpy(rows[:, :, :shots]).flatten(1),
+            query_rows=torch.from_numpy(rows[:, :, shots:]).flatten(1),
         )
 
 
@@ -182,6 +204,8 @@ class ImageDataModule(EpisodicDataModule):
         shots: support images per class.
         queries: query images per class in meta-validation and meta-test.
         train_ways, train_shots, train_queries: of meta-training tasks, where they differ (None: the same).
+        max_train_shots: draw the shots of every training meta-batch, the same for all of its tasks, uniformly from
+            ``train_shots`` to this; None for ``train_shots`` always.
         root: folder of the data and its cache.
         meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule.
     """
@@ -197,6 +221,7 @@ class ImageDataModule(EpisodicDataModule):
         train_ways: int | None = None,
         train_shots: int | None = None,
         train_queries: int | None = None,
+        max_train_shots: int | None = None,
         root: str = DEFAULT_ROOT,
         meta_batch_size: int = 32,
         val_tasks: int = 600,
@@ -212,6 +237,8 @@ class ImageDataModule(EpisodicDataModule):
         self.train_ways = train_ways or ways
         self.train_shots = train_shots or shots
         self.train_queries = train_queries or queries
+        at_least(self.train_shots, max_train_shots=max_train_shots)
+        self.max_train_shots = max_train_shots
         self.root = root
 
     def classes(self, split: str) -> ImageClasses:
@@ -237,6 +264,8 @@ class ImageDataModule(EpisodicDataModule):
             split=split,
             rotations=self.rotations.get(split, "none"),
             within_group=self.within_group,
+            max_shots=self.max_train_shots if train else None,
+            meta_batch=self.meta_batch_size,
         )
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class Learn2LearnTasksets(ImageDataModule):
         common: see ImageDataModule.
 
     Raises:
-        ValueError: both or neither of ``benchmark`` and ``tasksets``.
+        ValueError: both or neither of ``benchmark`` and ``tasksets``, or shots that vary.
     """
 
     def __init__(
@@ -183,6 +183,8 @@ class Learn2LearnTasksets(ImageDataModule):
         super().__init__(val_tasks=val_tasks, test_tasks=test_tasks, **common)
         if (benchmark is None) == (tasksets is None):
             raise ValueError(f"give one of benchmark ({', '.join(FILES)}) and tasksets")
+        if self.max_train_shots is not None:
+            raise ValueError("max_train_shots is given, but a learn2learn taskset has as many shots in every task")
         if benchmark is not None and benchmark not in FILES:
             raise ValueError(f"benchmark is {benchmark!r} but must be one of {', '.join(FILES)}")
         self.benchmark = benchmark

@@ -166,6 +166,8 @@ class Omniglot(ImageDataModule):
         mirrors: addresses of folders that serve the two archives, tried in turn.
         train_on_val: meta-train on the validation characters too, for a last training whose length is known (Snell et
             al. 2017); validation then selects nothing.
+        rotations: of every split, in place of the protocol's own; see ImageTasks. "classes" with ``maml`` is what
+            Sung et al. 2018 and Mishra et al. 2018 used.
         common: see ImageDataModule.
     """
 
@@ -181,6 +183,7 @@ class Omniglot(ImageDataModule):
         download: bool = True,
         mirrors: list[str] = MIRRORS,
         train_on_val: bool = False,
+        rotations: Rotations | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -189,7 +192,7 @@ class Omniglot(ImageDataModule):
         self.mirrors = mirrors
         self.train_on_val = train_on_val
         turned: dict[str, Rotations] = {"maml": "random", "vinyals": "classes"}
-        self.rotations = dict.fromkeys(SPLITS, turned.get(protocol, "none"))
+        self.rotations = dict.fromkeys(SPLITS, rotations or turned.get(protocol, "none"))
         self.within_group = protocol in ("alphabets", "minimal")
 
     def prepare_data(self) -> None:

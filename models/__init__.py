@@ -10,10 +10,13 @@ from models.hsml import HSML
 from models.imaml import IMAML
 from models.leo import LEO
 from models.maml import MAML
+from models.matching import MatchingNet
 from models.meta_sgd import MetaSGD
 from models.nearest import NearestNeighbour
 from models.protonet import ProtoNet
+from models.relation import RelationNet
 from models.reptile import Reptile
+from models.snail import SNAIL
 from models.weight_generator import WeightGenerator
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
@@ -26,6 +29,9 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ABML,
     HSML,
     ProtoNet,
+    MatchingNet,
+    RelationNet,
+    SNAIL,
     NearestNeighbour,
     LEO,
     WeightGenerator,
@@ -41,14 +47,17 @@ __all__ = [
     "LEO",
     "MAML",
     "MLP",
+    "SNAIL",
     "Conv2",
     "Conv4",
     "Learn2Learn",
+    "MatchingNet",
     "MetaLearner",
     "MetaSGD",
     "NearestNeighbour",
     "Pretrained",
     "ProtoNet",
+    "RelationNet",
     "Reptile",
     "WeightGenerator",
 ]

@@ -17,10 +17,15 @@ from models.normalization import BatchNorm, replace_batch_norm
 
 
 class Backbone(nn.Module):
-    """(N, *input) to (N, out_features). ``input_shape`` is (channels, height, width), or (features,) for an MLP."""
+    """(N, *input) to (N, out_features).
+
+    ``input_shape`` is (channels, height, width), or (features,) for an MLP. ``maps`` is (channels, height, width) of
+    features that are flattened maps, and None of others.
+    """
 
     out_features: int
     input_shape: tuple[int, ...]
+    maps: tuple[int, int, int] | None = None
 
 
 class Conv4(Backbone):
@@ -33,6 +38,8 @@ class Conv4(Backbone):
         downsample: "stride" halves by strided convolution and averages over what is left (MAML's Omniglot network,
             Finn et al. 2017); "pool" halves by 2×2 max pooling and flattens (Vinyals et al. 2016, Snell et al. 2017).
         flatten: keep what is left where it is instead of averaging, also with strides (Nichol et al. 2018).
+        halvings: blocks that halve, the first ones (2 in Sung et al. 2018).
+        unpadded: blocks whose convolutions do not pad, the first ones (2 there: 28 pixels become 5, 84 become 19).
     """
 
     def __init__(
@@ -42,27 +49,36 @@ class Conv4(Backbone):
         image_size: int = 28,
         downsample: Literal["stride", "pool"] = "stride",
         flatten: bool = False,
+        halvings: int = 4,
+        unpadded: int = 0,
     ) -> None:
         super().__init__()
-        at_least(1, in_channels=in_channels, hidden=hidden)
-        at_least(16 if downsample == "pool" else 1, image_size=image_size)
-        self.downsample, self.flatten = downsample, flatten or downsample == "pool"
+        at_least(1, in_channels=in_channels, hidden=hidden, image_size=image_size)
+        at_least(0, halvings=halvings, unpadded=unpadded)
+        self.downsample, self.flatten, self.halvings = downsample, flatten or downsample == "pool", halvings
         self.input_shape = (in_channels, image_size, image_size)
-        stride = 2 if downsample == "stride" else 1
-        channels = (in_channels, hidden, hidden, hidden)
-        convs = [nn.Conv2d(c, hidden, 3, stride, padding=1) for c in channels]
+        channels, convs, side = (in_channels, hidden, hidden, hidden), [], image_size
+        for block, c in enumerate(channels):
+            stride = 2 if downsample == "stride" and block < halvings else 1
+            padding = int(block >= unpadded)
+            convs.append(nn.Conv2d(c, hidden, 3, stride, padding))
+            side = (side + 2 * padding - 3) // stride + 1
+            if downsample == "pool" and block < halvings:
+                side //= 2
+            if side < 1:
+                raise ValueError(f"image_size is {image_size} but nothing is left of that after {block + 1} blocks")
         self.convs = nn.ModuleList(convs)
         self.norms = nn.ModuleList(BatchNorm(hidden) for _ in channels)
         for conv in convs:  # Glorot and Bengio 2010, as both reference implementations of this network
             nn.init.xavier_uniform_(conv.weight)
             nn.init.constant_(cast(Tensor, conv.bias), 0.0)
-        side = image_size // 16 if downsample == "pool" else -(-image_size // 16)
+        self.maps = (hidden, side, side) if self.flatten else None
         self.out_features = hidden * side**2 if self.flatten else hidden
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv, norm in zip(self.convs, self.norms, strict=True):
+        for block, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = norm(conv(x))
-            if self.downsample == "pool":
+            if self.downsample == "pool" and block < self.halvings:
                 x = F.max_pool2d(x, 2)  # before ReLU: the same values from a quarter of the work
             x = F.relu(x)
         return x.flatten(1) if self.flatten else x.mean((2, 3))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from toy import ToyImages
 
 import app  # noqa: F401  before anything imports pytorch_lightning
 from datamodules.base import DataError
@@ -275,3 +276,41 @@ def test_episodes_keep_what_they_are_on_every_device():
     assert torch.equal(one.support.x, episodes.support_x[1])
     assert torch.equal(one.query_y, episodes.query_y[1])
     assert one.support.ways == 3
+
+
+def test_shots_vary_from_meta_batch_to_meta_batch():
+    """Catches shots that differ within a meta-batch or between processes, that follow the order of sampling instead of
+    the number of the meta-batch, a range that leaves out an end, and shots that tell the first task's classes."""
+    varied = tasks(shots=1, queries=2, max_shots=3, meta_batch=4)
+    shots = [varied.sample(range(4 * step, 4 * step + 4)).support_x.shape[1] // 3 for step in range(300)]
+    assert chi_square_is_plausible(np.array(shots) - 1, 3)
+    again = tasks(shots=1, queries=2, max_shots=3, meta_batch=4)
+    for step in (7, 3, 8):
+        for rank in range(2):  # each process its share
+            share = again.sample(range(4 * step + rank, 4 * step + 4, 2))
+            assert (
+                share.support_x.shape[1] == share.support_y.shape[1] == share.support_rows.shape[1] == 3 * shots[step]
+            )
+            assert share.query_x.shape[1] == share.query_rows.shape[1] == 6
+            whole = varied.sample(range(4 * step, 4 * step + 4))
+            assert same(share, 0, whole, rank)
+    for k in (1, 2, 3):
+        first = [int(varied.sample([4 * s]).task["classes"][0, 0]) for s, n in enumerate(shots) if n == k]
+        assert chi_square_is_plausible(np.array(first), 12)
+    other = tasks(shots=1, queries=2, max_shots=3, meta_batch=4, seed=1)
+    assert [other.shots_of([4 * step]) for step in range(300)] != shots
+    with pytest.raises(ValueError, match="one at a time"):
+        varied.sample([3, 4])
+    with pytest.raises(DataError, match="5 shots"):
+        tasks(shots=1, queries=2, max_shots=5)
+
+
+def test_training_alone_varies_its_shots():
+    """Catches validation and test tasks of varying shots, and a meta-batch of another size than the run's."""
+    data = ToyImages(ways=3, queries=2, train_shots=2, max_train_shots=4, meta_batch_size=6)
+    train = data.distribution("train")
+    assert {train.shots_of(range(6 * s, 6 * s + 6)) for s in range(40)} == {2, 3, 4}
+    for split in ("val", "test"):
+        assert data.distribution(split).sample(range(13)).support_x.shape[1] == 3
+    with pytest.raises(ValueError, match="max_train_shots is 1"):
+        ToyImages(shots=2, max_train_shots=1)

@@ -63,6 +63,15 @@ ALGORITHMS = {
         *("--model", "models.WeightGenerator", *BACKBONE, "--model.chunk", "1"),
         *("--model.latents", "6", "--model.hidden", "8"),
     ],
+    "MatchingNet": ["--model", "models.MatchingNet", *BACKBONE],
+    "RelationNet": [
+        *("--model", "models.RelationNet", *BACKBONE, "--model.filters", "8"),
+        *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
+    ],
+    "SNAIL": [
+        *("--model", "models.SNAIL", *BACKBONE, "--model.labels", "4", "--model.filters", "8"),
+        *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
+    ],
 }
 # Flags that make what a learner draws at random vanish, for comparisons of runs that draw differently.
 NOISELESS = {
@@ -78,9 +87,9 @@ NOISELESS = {
 def command(algorithm: str, runs: Path, *flags: str, steps: int = 12) -> list[str]:
     """Arguments of train.py: so many meta-updates on ToyImages, validated twice."""
     return [
-        *ALGORITHMS[algorithm],
         *DATA,
         *SIZES,
+        *ALGORITHMS[algorithm],
         *TRAINER,
         *("--runs", str(runs), "--name", algorithm.lower()),
         *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", "6", "--checkpoint_every", "2"),

@@ -1,0 +1,48 @@
+"""Recurrent cells of primitives: right under ``vmap``, and differentiable twice where fused kernels are not."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.base import at_least
+
+
+class LSTMCell(nn.Module):
+    """Long short-term memory without peepholes: gates in the order and with the initialisation of ``nn.LSTM``.
+
+    Args:
+        inputs: size of an input.
+        hidden: size of the output and of the cell's memory.
+        recurrent: size of what is fed back, where it is more than the output; None for the output alone.
+    """
+
+    def __init__(self, inputs: int, hidden: int, recurrent: int | None = None) -> None:
+        super().__init__()
+        at_least(1, inputs=inputs, hidden=hidden, recurrent=recurrent)
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden, inputs))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden, recurrent or hidden))
+        self.bias = nn.Parameter(torch.empty(4 * hidden))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(hidden**-0.5), hidden**-0.5)
+
+    def project(self, x: Tensor) -> Tensor:
+        """What inputs (…, inputs) add to the gates, (…, 4 hidden), for all steps at once."""
+        return F.linear(x, self.weight_ih, self.bias)
+
+    def forward(self, projected: Tensor, fed_back: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: output and memory, (…, hidden) each."""
+        gates = projected + F.linear(fed_back, self.weight_hh)
+        let_in, keep, new, let_out = gates.chunk(4, -1)
+        memory = keep.sigmoid() * memory + let_in.sigmoid() * new.tanh()
+        return let_out.sigmoid() * memory.tanh(), memory
+
+    def run(self, x: Tensor) -> Tensor:
+        """Outputs (S, hidden) along a sequence (S, inputs), from zeros."""
+        projected, outputs = self.project(x), []
+        output = memory = projected.new_zeros(self.weight_hh.shape[0] // 4)
+        for step in projected:
+            output, memory = self(step, output, memory)
+            outputs.append(output)
+        return torch.stack(outputs)
