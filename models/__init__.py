@@ -5,6 +5,7 @@ from models.abml import ABML
 from models.anil import ANIL
 from models.backbones import MLP, Conv2, Conv4, Learn2Learn, Pretrained
 from models.base import MetaLearner
+from models.baseline import Baseline
 from models.bmaml import BMAML
 from models.hsml import HSML
 from models.imaml import IMAML
@@ -32,6 +33,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MatchingNet,
     RelationNet,
     SNAIL,
+    Baseline,
     NearestNeighbour,
     LEO,
     WeightGenerator,
@@ -48,6 +50,7 @@ __all__ = [
     "MAML",
     "MLP",
     "SNAIL",
+    "Baseline",
     "Conv2",
     "Conv4",
     "Learn2Learn",

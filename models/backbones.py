@@ -200,7 +200,7 @@ class Pretrained(Backbone):
         super().__init__()
         self.backbone = backbone
         self.ckpt_path, self.frozen, self.normalize = Path(ckpt_path), frozen, normalize
-        self.input_shape, self.out_features = backbone.input_shape, backbone.out_features
+        self.input_shape, self.out_features, self.maps = backbone.input_shape, backbone.out_features, backbone.maps
         self.loaded = False
         self.register_load_state_dict_post_hook(_mark_loaded)
         if frozen:

@@ -57,6 +57,10 @@ ALGORITHMS = {
         *("--model.inner_steps", "2", "--model.features", "8", "--model.hidden", "6"),
     ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
+    "Baseline": [
+        *("--model", "models.Baseline", *BACKBONE, "--model.classes", "12"),
+        *("--model.steps", "5", "--model.batch", "64", "--model.rate", "0.1"),
+    ],
     "NearestNeighbour": ["--model", "models.NearestNeighbour"],
     "LEO": ["--model", "models.LEO", *BACKBONE, "--model.latents", "6", "--model.chunk", "1"],
     "WeightGenerator": [
