@@ -271,7 +271,7 @@ def test_reconstruction_counts_as_much_as_its_weight():
 def test_a_cluster_is_added_where_a_window_is_so_many_times_harder_than_the_one_before():
     """Catches windows that overlap, a comparison of single losses or with the best window, and growth without end."""
     learner = functions(clusters=(2, 1), max_clusters=4, expansion_interval=3, expansion_ratio=1.5)
-    losses = [1, 1, 1, 9, 0, 0, 5, 5, 5, 8, 8, 8, 1, 1, 1, 1, 1, 4, 30, 30, 30, 90, 90, 90]
+    losses = [1, 1, 1, 1, 1, 1.6, 9, 0, 0, 2, 2, 2, 2, 2, 3.5, 5, 5, 5, 30, 30, 30]
     seen, active, before = [], 2, None
     for start in range(0, len(losses), 3):
         mean = sum(losses[start : start + 3]) / 3
@@ -285,7 +285,7 @@ def test_a_cluster_is_added_where_a_window_is_so_many_times_harder_than_the_one_
         got.append(learner.active.item())
     assert got[2::3] == seen
     assert got[0] == 2
-    assert seen == [2, 3, 4, 4, 4, 4, 4, 4]
+    assert seen == [2, 2, 3, 3, 3, 4, 4]  # no growth by less than half, no more than max_clusters
 
 
 def test_a_cluster_not_in_use_stays_as_it_is_and_learns_from_then_on():
@@ -338,3 +338,43 @@ def test_impossible_hierarchies_are_refused():
             functions(clusters=clusters)
     with pytest.raises(ValueError, match="max_clusters"):
         functions(max_clusters=3)
+
+
+# Clusters and families ----------------------------------------------------------------------------------------------
+
+
+def mutual_information(one: np.ndarray, other: np.ndarray) -> float:
+    """Normalised by the mean of the two entropies: 1 for the same partition, 0 for independent ones."""
+    joint = np.zeros((one.max() + 1, other.max() + 1))
+    np.add.at(joint, (one, other), 1 / len(one))
+
+    def entropy(p: np.ndarray) -> float:
+        return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+    each = entropy(joint.sum(1)) + entropy(joint.sum(0))
+    return 2 * (each - entropy(joint)) / each if each else 0.0
+
+
+def test_mutual_information_of_known_partitions():
+    """Catches a measure that names of clusters change, or that chance raises."""
+    a, b = np.repeat([0, 1], 6), np.tile([0, 1], 6)
+    assert mutual_information(a, 1 - a) == pytest.approx(1)
+    assert mutual_information(a, b) == pytest.approx(0)
+    # Two clusters halved: all of the information of the coarser partition, ln 2, over the mean of ln 2 and ln 4.
+    assert mutual_information(a, 2 * a + b) == pytest.approx(2 / 3)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="not reached by short trainings: clusters follow slopes and levels before families")
+def test_clusters_are_the_families_after_a_short_training():
+    """Catches a hierarchy that learns nothing of the kinds of tasks, which their family is."""
+    learner, data = HSML(MLP(), outputs=1), FourFamily(shots=10, queries=10)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=2e-3)
+    train, test = data.distribution("train"), data.distribution("test").sample(range(600))
+    for step in range(8000):
+        optimizer.zero_grad()
+        learner.map(learner.objective, train.sample(range(25 * step, 25 * step + 25)))[0].mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        cluster = learner.eval().assignments(test).argmax(1)
+    assert mutual_information(cluster.numpy(), test.task["family"].numpy()) >= 0.6
