@@ -125,7 +125,7 @@ class HSML(MetaLearner):
         self.inner_rate, self.inner_steps = inner_rate, inner_steps
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.first_order, self.adapt_normalization = first_order, adapt_normalization
-        self.max_clusters = max_clusters
+        self.max_clusters, self.capacity = max_clusters, sizes[0]
         self.expansion_interval, self.expansion_ratio = expansion_interval, expansion_ratio
         # Of the first level: clusters in use; meta-batches of this window; their losses' sum, and the mean before.
         self.register_buffer("active", torch.tensor(clusters[0]))
@@ -207,7 +207,7 @@ class HSML(MetaLearner):
         if self.counted < self.expansion_interval:
             return
         mean, before = self.losses[0] / self.expansion_interval, self.losses[1]
-        if before > 0 and mean > self.expansion_ratio * before and self.active < len(self.levels[0].centres):
+        if before > 0 and mean > self.expansion_ratio * before and self.active < self.capacity:
             self.active += 1
         self.losses.copy_(torch.stack([torch.zeros_like(mean), mean]))
         self.counted.zero_()

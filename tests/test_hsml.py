@@ -271,7 +271,7 @@ def test_reconstruction_counts_as_much_as_its_weight():
 def test_a_cluster_is_added_where_a_window_is_so_many_times_harder_than_the_one_before():
     """Catches windows that overlap, a comparison of single losses or with the best window, and growth without end."""
     learner = functions(clusters=(2, 1), max_clusters=4, expansion_interval=3, expansion_ratio=1.5)
-    losses = [1, 1, 1, 1, 1, 1.6, 9, 0, 0, 2, 2, 2, 2, 2, 3.5, 5, 5, 5, 30, 30, 30]
+    losses = [1, 1, 1, 1, 1, 1.6, 9, 0, 0, 2, 2, 2, 2, 2, 3.5, 4, 4, 4, 30, 30, 30]
     seen, active, before = [], 2, None
     for start in range(0, len(losses), 3):
         mean = sum(losses[start : start + 3]) / 3
@@ -365,7 +365,7 @@ def test_mutual_information_of_known_partitions():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="not reached by short trainings: clusters follow slopes and levels before families")
+@pytest.mark.xfail(reason="0.02 after 1,000 and 2,000 meta-updates, longer trainings not measured")
 def test_clusters_are_the_families_after_a_short_training():
     """Catches a hierarchy that learns nothing of the kinds of tasks, which their family is."""
     learner, data = HSML(MLP(), outputs=1), FourFamily(shots=10, queries=10)
