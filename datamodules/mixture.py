@@ -83,8 +83,9 @@ class MixtureTasks:
             return torch.cat([getattr(part, name) for part in drawn])[back]
 
         names = ("support_x", "support_y", "query_x", "query_y", "index", "support_rows", "query_rows")
+        columns: dict[str, Any] = {name: together(name) for name in names}
         facts = {name: torch.cat([part.task[name] for part in drawn])[back] for name in drawn[0].task}
-        return Episodes(**{name: together(name) for name in names}, ways=drawn[0].ways, task=facts)
+        return Episodes(**columns, ways=drawn[0].ways, task=facts)
 
 
 class ImageMixture(ImageDataModule):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.run import ConfigError
 from datamodules.base import at_least
 from datamodules.episodes import Episodes, Support, Task
 from models.backbones import Backbone
@@ -77,7 +78,7 @@ class Baseline(EmbeddingLearner):
             if names is None or len(names) != self.classes:
                 found = "does not tell its classes" if names is None else f"has {len(names)} classes"
                 cure = "" if names is None else f": --model.init_args.classes {len(names)}"
-                raise ValueError(f"classes is {self.classes} but the meta-training split {found}{cure}")
+                raise ConfigError(f"classes is {self.classes} but the meta-training split {found}{cure}")
 
     # Meta-training: one classification problem ----------------------------------------------------------------------
 

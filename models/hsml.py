@@ -14,6 +14,7 @@ from datamodules.base import at_least
 from datamodules.episodes import Episodes, Support, Task
 from models.backbones import Backbone
 from models.base import MetaLearner, Paper
+from models.clusters import ClusterLevel
 from models.functional import (
     Adapted,
     Parameters,
@@ -29,39 +30,6 @@ from models.functional import (
 )
 from models.normalization import BatchNormMode
 from models.task_encoders import PoolingAutoencoder, RecurrentAutoencoder
-
-
-class ClusterLevel(nn.Module):
-    """One level of the hierarchy: from what its lower nodes hold to what its clusters hold (eqs. 4 and 5).
-
-    Args:
-        clusters: K, of this level.
-        size: of what a node holds.
-        deviation: σ of the soft assignment.
-    """
-
-    def __init__(self, clusters: int, size: int, deviation: float) -> None:
-        super().__init__()
-        self.centres = nn.Parameter(nn.init.xavier_uniform_(torch.empty(clusters, size)))
-        self.weight = nn.Parameter(
-            torch.stack([nn.init.xavier_uniform_(torch.empty(size, size)) for _ in range(clusters)])
-        )
-        self.bias = nn.Parameter(torch.zeros(clusters, size))
-        self.deviation = deviation
-
-    def assignment(self, nodes: Tensor, active: Tensor | None = None) -> Tensor:
-        """How far each node (N, size) belongs to each cluster, (N, K), in all 1; nothing to those not ``active``."""
-        distance = (nodes[:, None] - self.centres).square().sum(-1)
-        score = -distance / (2 * self.deviation**2)
-        if active is not None:
-            score = torch.where(torch.arange(len(self.centres), device=score.device) < active, score, -torch.inf)
-        return score.softmax(-1)
-
-    def forward(self, nodes: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the clusters hold, (K, size), and the assignment (N, K)."""
-        assignment = self.assignment(nodes, active)
-        held = torch.tanh((self.weight @ nodes.T).permute(2, 0, 1) + self.bias)  # (N, K, size)
-        return (assignment[..., None] * held).sum(0), assignment
 
 
 class HSML(MetaLearner):
@@ -157,7 +125,7 @@ class HSML(MetaLearner):
         self.inner_rate, self.inner_steps = inner_rate, inner_steps
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.first_order, self.adapt_normalization = first_order, adapt_normalization
-        self.max_clusters = max_clusters
+        self.max_clusters, self.capacity = max_clusters, sizes[0]
         self.expansion_interval, self.expansion_ratio = expansion_interval, expansion_ratio
         # Of the first level: clusters in use; meta-batches of this window; their losses' sum, and the mean before.
         self.register_buffer("active", torch.tensor(clusters[0]))
@@ -239,7 +207,7 @@ class HSML(MetaLearner):
         if self.counted < self.expansion_interval:
             return
         mean, before = self.losses[0] / self.expansion_interval, self.losses[1]
-        if before > 0 and mean > self.expansion_ratio * before and self.active < len(self.levels[0].centres):
+        if before > 0 and mean > self.expansion_ratio * before and self.active < self.capacity:
             self.active += 1
         self.losses.copy_(torch.stack([torch.zeros_like(mean), mean]))
         self.counted.zero_()
