@@ -89,7 +89,7 @@ class Baseline(EmbeddingLearner):
 
     def objective(self, task: Task) -> tuple[Any, ...]:
         with_queries = torch.cat([task.support.x, task.query_x]), torch.cat([task.support.y, task.query_y])
-        weights = dict(self.classifier.named_parameters())
+        weights: Parameters = dict(self.classifier.named_parameters())
         z = call(self.backbone, {}, with_queries[0], self.statistics_source)
         outputs = self.compare(weights, z)
         return self.loss(outputs, with_queries[1]), outputs[len(task.support.y) :]

@@ -46,3 +46,30 @@ class LSTMCell(nn.Module):
             output, memory = self(step, output, memory)
             outputs.append(output)
         return torch.stack(outputs)
+
+
+class GRUCell(nn.Module):
+    """One step of a gated recurrent unit, with the parameters of ``nn.GRU``.
+
+    Args:
+        inputs, hidden: sizes.
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor
+    bias_hh: Tensor
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        like = nn.GRU(inputs, hidden)
+        self.weight_ih, self.weight_hh = like.weight_ih_l0, like.weight_hh_l0
+        self.bias_ih, self.bias_hh = like.bias_ih_l0, like.bias_hh_l0
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """The next state (hidden,) from an input (inputs,) and the state (hidden,)."""
+        reset_x, update_x, new_x = F.linear(x, self.weight_ih, self.bias_ih).chunk(3, -1)
+        reset_h, update_h, new_h = F.linear(h, self.weight_hh, self.bias_hh).chunk(3, -1)
+        update = torch.sigmoid(update_x + update_h)
+        new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+        return new + update * (h - new)

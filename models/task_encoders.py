@@ -6,29 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class GRUCell(nn.Module):
-    """One step of a gated recurrent unit, with the parameters of ``nn.GRU``.
-
-    Written out: cuDNN's has no second derivative, and vmap passes the native one by.
-
-    Args:
-        inputs, hidden: sizes.
-    """
-
-    def __init__(self, inputs: int, hidden: int) -> None:
-        super().__init__()
-        like = nn.GRU(inputs, hidden)
-        self.weight_ih, self.weight_hh = like.weight_ih_l0, like.weight_hh_l0
-        self.bias_ih, self.bias_hh = like.bias_ih_l0, like.bias_hh_l0
-
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        """The next state (hidden,) from an input (inputs,) and the state (hidden,)."""
-        reset_x, update_x, new_x = F.linear(x, self.weight_ih, self.bias_ih).chunk(3, -1)
-        reset_h, update_h, new_h = F.linear(h, self.weight_hh, self.bias_hh).chunk(3, -1)
-        update = torch.sigmoid(update_x + update_h)
-        new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
-        return new + update * (h - new)
+from models.recurrent import GRUCell
 
 
 class RecurrentAutoencoder(nn.Module):

@@ -17,7 +17,8 @@ from app.cli import main
 from datamodules import FourFamily
 from datamodules.episodes import Episodes
 from models import HSML, MAML, MLP, Conv2, Conv4
-from models.task_encoders import GRUCell, PoolingAutoencoder, RecurrentAutoencoder
+from models.recurrent import GRUCell
+from models.task_encoders import PoolingAutoencoder, RecurrentAutoencoder
 
 DOUBLE = torch.float64
 
