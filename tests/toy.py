@@ -53,7 +53,7 @@ ALGORITHMS = {
     "IMAML": ["--model", "models.IMAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"],
     "ABML": ["--model", "models.ABML", *BACKBONE, "--model.outputs", "3", "--model.kl_weight", "0.001"],
     "HSML": [
-        *("--model", "models.HSML", *BACKBONE, "--model.outputs", "3", "--model.inner_rate", "0.1"),
+        *("--model", "models.HSML", *BACKBONE, "--model.outputs", "3", "--model.inner_rate", "0.01"),
         *("--model.inner_steps", "2", "--model.features", "8", "--model.hidden", "6"),
     ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
@@ -77,14 +77,15 @@ ALGORITHMS = {
         *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
     ],
 }
-# Flags that make what a learner draws at random vanish, for comparisons of runs that draw differently.
+# For comparisons of runs that draw differently: flags that make what a learner draws at random vanish, and statistics
+# other than a first step's running ones, by which all classes may tie.
 NOISELESS = {
     "ABML": [
         *("--model.deviation", "1e-12", "--model.kl_weight", "0", "--model.inner_kl_weight", "0"),
         *("--model.hyperprior_weight", "0"),
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
-    "WeightGenerator": ["--model.stochastic", "false"],
+    "WeightGenerator": ["--model.stochastic", "false", "--model.batch_norm", "transductive"],
 }
 
 
