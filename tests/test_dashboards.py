@@ -344,7 +344,8 @@ def test_wandb_that_breaks_is_left_alone(
         logger.log_metrics({"val/accuracy": 0.6}, step=2)
         logger.experiment.log({"from": "a user's callback"})
         logger.close()
-        assert [r.message.split(":")[0] for r in caplog.records] == ["W&B does not work, going on without it"]
+        ours = [r.message.split(":")[0] for r in caplog.records if r.name.startswith("app.")]  # W&B tells of its own
+        assert ours == ["W&B does not work, going on without it"]
         assert logger.hints() == []
 
 
