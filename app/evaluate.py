@@ -23,6 +23,7 @@ import torch
 import yaml
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
+from torch.func import functional_call
 
 from app.checkpoints import load_checkpoint
 from app.cli import MetaboltCLI, one_line_errors, quiet_lightning
@@ -160,10 +161,13 @@ def fits(learner: torch.nn.Module, inputs: Tensor) -> None:
     backbone = next((m for m in learner.modules() if isinstance(m, Backbone)), None)
     if backbone is None:
         return
+    tensors = {
+        n: t[0] if backbone.particles else t for n, t in (*backbone.named_parameters(), *backbone.named_buffers())
+    }
     like = next(backbone.parameters())
     try:
         with torch.no_grad():
-            features = backbone(like.new_zeros(2, *inputs.shape[1:])).shape[1]
+            features = functional_call(backbone, tensors, like.new_zeros(2, *inputs.shape[1:])).shape[1]
     except RuntimeError:
         features = None
     # Another size may go through and give other features, which a learner without a head would take without a word.

@@ -20,12 +20,14 @@ class Backbone(nn.Module):
     """(N, *input) to (N, out_features).
 
     ``input_shape`` is (channels, height, width), or (features,) for an MLP. ``maps`` is (channels, height, width) of
-    features that are flattened maps, and None of others.
+    features that are flattened maps, and None of others. Where ``particles`` is above 0, every parameter and buffer is
+    of so many networks, (M, …).
     """
 
     out_features: int
     input_shape: tuple[int, ...]
     maps: tuple[int, int, int] | None = None
+    particles: int = 0
 
 
 class Conv4(Backbone):

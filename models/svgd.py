@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from models.backbones import Backbone
 from models.functional import Parameters
 
 
@@ -66,3 +67,5 @@ def split_into_particles(module: nn.Module, particles: int) -> None:
             setattr(layer, name, nn.Parameter(torch.stack(shuffled), p.requires_grad))
         for name, b in list(layer.named_buffers(recurse=False)):
             setattr(layer, name, b.expand(particles, *b.shape).clone())
+        if isinstance(layer, Backbone):
+            layer.particles = particles

@@ -12,6 +12,8 @@ from torch.distributions import Categorical, Gamma, MixtureSameFamily, Normal
 from torch.func import functional_call
 
 import models.svgd
+from app.evaluate import fits
+from app.run import ConfigError
 from datamodules.episodes import Episodes, Support
 from models import ANIL, BMAML, MAML, MLP, Conv4
 from models.normalization import recording
@@ -404,6 +406,15 @@ def test_precisions_move_at_their_own_rate(svgd):
         assert full.abs().min() > 0
         for rate, factor in factors.items():
             torch.testing.assert_close(moves[rate][name], factor * full, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("adapt", ["head", "all"])
+def test_particles_take_the_inputs_that_one_network_takes(adapt):
+    """Catches an evaluation that refuses the right images, or takes others, for stacked weights."""
+    learner = small(adapt)
+    fits(learner, torch.rand(6, 1, 8, 8))
+    with pytest.raises(ConfigError, match="inputs are 3×8×8 but the network takes 1×8×8"):
+        fits(learner, torch.rand(6, 3, 8, 8))
 
 
 @pytest.mark.parametrize("settings", [{"particles": 0}, {"leader_steps": 0}, {"follow_steps": -1}, {"noise": 0.0}])
