@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
+# A worker a core, each with files of its own: what a file sets up once is set up once.
+TEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-all check format bench clean
@@ -26,10 +28,10 @@ train: $(VENV)/.run  ## train, test and report (CONFIG=configs/….yaml chooses 
 	$(BIN)/python train.py --config $(CONFIG)
 
 test: $(VENV)/.ready  ## run the tests
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-all: $(VENV)/.ready  ## run the tests, the long ones too
-	$(BIN)/python -m pytest -m ''
+	$(TEST) -m ''
 
 check: $(VENV)/.ready  ## lint, format check and types
 	$(BIN)/ruff check .

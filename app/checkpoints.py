@@ -84,7 +84,8 @@ class LastCheckpoint(Checkpoint):
 
     Written every ``every_n_steps`` meta-updates, after every validation, at the end, and when the process is asked to
     stop: SIGTERM (and the first Ctrl-C) lets the meta-update finish, saves, and stops. Saving always falls between
-    meta-updates, so gradient accumulation resumes exactly too.
+    meta-updates, so gradient accumulation resumes exactly too. Weights that are not finite are never saved: they stop
+    the training, with one line that says so.
 
     Args:
         folder: of the checkpoints.
@@ -133,6 +134,10 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step % self.every_n_steps == 0 and not self._validates(trainer):
             self.save(trainer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._refuse_divergence(trainer)  # before the best one is saved
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.save(trainer)
@@ -144,8 +149,18 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: pl.Trainer) -> None:
         if trainer.global_step != self._saved_at:
+            self._refuse_divergence(trainer)
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(self.path)
+
+    def _refuse_divergence(self, trainer: pl.Trainer) -> None:
+        lost = [name for name, p in trainer.lightning_module.named_parameters() if not p.isfinite().all()]
+        if lost:
+            saved = f"{self.path} is from before" if self._saved_at > 0 else "nothing was saved yet"
+            raise ConfigError(
+                f"meta-training diverged: {lost[0]} is not finite after {trainer.global_step} meta-updates ({saved}): "
+                "lower the rates, or clip gradients with --trainer.gradient_clip_val 1"
+            )
 
     def _stop_requested(self, trainer: pl.Trainer) -> bool:
         stop = self._signal is not None

@@ -15,6 +15,7 @@ from torch import Tensor
 from datamodules.base import DataError, EpisodicDataModule, at_least
 from datamodules.episodes import Episodes
 from datamodules.streams import TaskStreams
+from datamodules.warp import Warp
 
 DEFAULT_ROOT = "data"
 Rotations = Literal["none", "random", "classes"]
@@ -81,6 +82,9 @@ class ImageTasks:
         rotations: "none"; "random" turns each class of a task by a random multiple of 90° (support and query
             alike); "classes" makes each turn of a character a class of its own (4 times as many).
         within_group: all classes of a task come from one group (an alphabet's own characters).
+        aligned: the j-th image of every class has one number, another for each j: where images are numbered by who
+            drew them, one drawer's characters are the support and another's the queries.
+        warp: how the images are warped; None leaves them as they are.
         seed, split: of the episodes.
         max_shots: where given, every meta-batch has as many shots as its number draws from ``shots`` to this.
         meta_batch: tasks of a meta-batch: episode i is of number i // ``meta_batch``.
@@ -100,9 +104,12 @@ class ImageTasks:
         split: str,
         rotations: Rotations = "none",
         within_group: bool = False,
+        aligned: bool = False,
+        warp: Warp | None = None,
         max_shots: int | None = None,
         meta_batch: int = 1,
     ) -> None:
+        self.aligned, self.warp = aligned, warp
         self.classes, self.ways, self.shots, self.queries = classes, ways, shots, queries
         self.max_shots, self.meta_batch = max_shots or shots, meta_batch
         self.seed, self.split, self.rotations = seed, split, rotations
@@ -178,10 +185,16 @@ class ImageTasks:
         ids = base + turn * len(self.classes)
         if self.rotations == "random":
             turn = rng.integers(4, self.ways)
-        instance = rng.choice(self.classes.counts[base], per_class, self.ways)  # (T, ways, shots + queries)
+        counts = self.classes.counts[base]
+        if self.aligned:
+            instance = rng.choice(counts.min(1), per_class)[:, None]
+        else:
+            instance = rng.choice(counts, per_class, self.ways)  # (T, ways, shots + queries)
         rows = (self.classes.starts[base] + turn * len(self.classes.images))[..., None] + instance
         images = self.images[torch.from_numpy(rows.reshape(-1))]
-        images = images.view(tasks, self.ways, per_class, *images.shape[1:])
+        if self.warp is not None:
+            images = self.warp(images.view(tasks, -1, *images.shape[1:]), rng)
+        images = images.view(tasks, self.ways, per_class, *images.shape[-3:])
         label = torch.arange(self.ways)
         return Episodes(
             support_x=images[:, :, :shots].flatten(1, 2),
@@ -191,8 +204,9 @@ class ImageTasks:
             index=torch.as_tensor(np.asarray(indices, np.int64)),
             ways=self.ways,
             task={"classes": torch.from_numpy(ids)},
-            support_rows=torch.from_numpy(rows[:, :, :shots]).flatten(1),
-            query_rows=torch.from_numpy(rows[:, :, shots:]).flatten(1),
+            # A warped image is none of the split's.
+            support_rows=torch.from_numpy(rows[:, :, :shots]).flatten(1) if self.warp is None else None,
+            query_rows=torch.from_numpy(rows[:, :, shots:]).flatten(1) if self.warp is None else None,
         )
 
 
@@ -206,12 +220,14 @@ class ImageDataModule(EpisodicDataModule):
         train_ways, train_shots, train_queries: of meta-training tasks, where they differ (None: the same).
         max_train_shots: draw the shots of every training meta-batch, the same for all of its tasks, uniformly from
             ``train_shots`` to this; None for ``train_shots`` always.
+        warp: warp the images of meta-training tasks at random; None leaves them as they are.
         root: folder of the data and its cache.
         meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule.
     """
 
     rotations: dict[str, Rotations] = {}
     within_group = False
+    aligned = False
 
     def __init__(
         self,
@@ -222,6 +238,7 @@ class ImageDataModule(EpisodicDataModule):
         train_shots: int | None = None,
         train_queries: int | None = None,
         max_train_shots: int | None = None,
+        warp: Warp | None = None,
         root: str = DEFAULT_ROOT,
         meta_batch_size: int = 32,
         val_tasks: int = 600,
@@ -239,6 +256,7 @@ class ImageDataModule(EpisodicDataModule):
         self.train_queries = train_queries or queries
         at_least(self.train_shots, max_train_shots=max_train_shots)
         self.max_train_shots = max_train_shots
+        self.warp = warp
         self.root = root
 
     def classes(self, split: str) -> ImageClasses:
@@ -264,6 +282,8 @@ class ImageDataModule(EpisodicDataModule):
             split=split,
             rotations=self.rotations.get(split, "none"),
             within_group=self.within_group,
+            aligned=self.aligned,
+            warp=self.warp if train else None,
             max_shots=self.max_train_shots if train else None,
             meta_batch=self.meta_batch_size,
         )

@@ -70,17 +70,17 @@ class MixtureTasks:
             places = np.flatnonzero(domain == number)
             if len(places):
                 part = tasks.draw(index[places].tolist(), rng.of(places))
-                assert part.support_rows is not None
-                assert part.query_rows is not None
                 row, first_class = int(self.first_row[number]), int(self.first_class[number])
                 facts = {"classes": part.task["classes"] + first_class, "domain": torch.full((len(places),), number)}
-                rows = {"support_rows": part.support_rows + row, "query_rows": part.query_rows + row}
+                of_images = {"support_rows": part.support_rows, "query_rows": part.query_rows}
+                rows = {name: None if of is None else of + row for name, of in of_images.items()}
                 drawn.append(dataclasses.replace(part, task=facts, **rows))
                 order.append(places)
         back = torch.from_numpy(np.argsort(np.concatenate(order)))
 
-        def together(name: str) -> Tensor:
-            return torch.cat([getattr(part, name) for part in drawn])[back]
+        def together(name: str) -> Tensor | None:
+            columns = [getattr(part, name) for part in drawn]
+            return None if columns[0] is None else torch.cat(columns)[back]
 
         names = ("support_x", "support_y", "query_x", "query_y", "index", "support_rows", "query_rows")
         columns: dict[str, Any] = {name: together(name) for name in names}

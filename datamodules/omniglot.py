@@ -168,6 +168,10 @@ class Omniglot(ImageDataModule):
             al. 2017); validation then selects nothing.
         rotations: of every split, in place of the protocol's own; see ImageTasks. "classes" with ``maml`` is what
             Sung et al. 2018 and Mishra et al. 2018 used.
+        train_rotations: of meta-training alone.
+        aligned: in all splits, the j-th example of every character of a task is by one drawer, and each j by another:
+            with one shot and one query, as in the evaluation of Lake et al. 2015. (A drawer's number is his own within
+            an alphabet.)
         common: see ImageDataModule.
     """
 
@@ -184,6 +188,8 @@ class Omniglot(ImageDataModule):
         mirrors: list[str] = MIRRORS,
         train_on_val: bool = False,
         rotations: Rotations | None = None,
+        train_rotations: Rotations | None = None,
+        aligned: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -193,7 +199,10 @@ class Omniglot(ImageDataModule):
         self.train_on_val = train_on_val
         turned: dict[str, Rotations] = {"maml": "random", "vinyals": "classes"}
         self.rotations = dict.fromkeys(SPLITS, rotations or turned.get(protocol, "none"))
+        if train_rotations is not None:
+            self.rotations["train"] = train_rotations
         self.within_group = protocol in ("alphabets", "minimal")
+        self.aligned = aligned
 
     def prepare_data(self) -> None:
         _ = self._all

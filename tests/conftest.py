@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core a worker; and what is small is slower by more
 
 import pytest
 import torch

@@ -121,10 +121,10 @@ def test_stages_validate_and_test_use_the_best_checkpoint(capsys, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["protonet"]
 
 
-def test_a_run_that_diverges_ends_with_its_figures(tmp_path, capsys):
+def test_figures_that_are_no_numbers_are_told(tmp_path, capsys):
     """Catches a closing table that fails on a figure that is not a number, and with it the results."""
     diverging = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e20")
-    main(command("MAML", tmp_path, *diverging, steps=3))
+    main(command("MAML", tmp_path, *diverging, steps=1))  # weights that are finite, and useless
     results = json.loads((tmp_path / "maml" / "results.json").read_text())
     assert results["figures"]["nll"]["mean"] is None
     assert "nan" in capsys.readouterr().out

@@ -231,6 +231,21 @@ def test_rotations_as_classes_make_four_classes_of_each():
     )
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_aligned_examples_have_one_number_in_all_classes(within: bool):
+    """Would catch support and queries by one drawer, several of them in a row of examples, or some that never come."""
+    seen = identify(tasks(aligned=True, within_group=within).sample(range(2000)).support_x)
+    drawers = seen.reshape(2000, 3, 2, 3)[..., 1]
+    assert (drawers == drawers[:, :1]).all()
+    assert (drawers[:, 0, 0] != drawers[:, 0, 1]).all()
+    episodes = tasks(ways=12, shots=1, queries=5, aligned=True).sample(range(600))
+    support = identify(episodes.support_x).reshape(600, 12, 1, 3)
+    drawers = np.concatenate([support, identify(episodes.query_x).reshape(600, 12, 5, 3)], 2)[..., 1]
+    assert (drawers == drawers[:, :1]).all()
+    assert (np.sort(drawers[:, 0]) == np.arange(6)).all()  # the smallest class has six
+    assert chi_square_is_plausible(drawers[:, 0, 0], 6)
+
+
 @pytest.mark.parametrize("rotations", ["none", "classes"])
 def test_within_group_all_classes_come_from_one(rotations: str):
     """Would catch classes of two alphabets in one task, or groups and their members drawn unevenly."""

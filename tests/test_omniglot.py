@@ -134,6 +134,8 @@ def test_rotations_and_alphabets_of_the_tasks(tmp_path: Path, protocol: str, rot
         assert all(len(set(g)) == 1 for g in groups) == within
     other = fake(root=str(tmp_path), protocol=protocol, ways=3, queries=2, rotations="classes")
     assert {other.distribution(split).rotations for split in SPLITS} == {"classes"}
+    trained = fake(root=str(tmp_path), protocol=protocol, ways=3, queries=2, train_rotations="classes")
+    assert [trained.distribution(split).rotations for split in SPLITS] == ["classes", rotations, rotations]
 
 
 def test_training_passes_over_alphabets_that_are_too_small(tmp_path: Path) -> None:

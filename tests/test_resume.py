@@ -140,6 +140,19 @@ def test_flags_win_over_the_checkpoint(tmp_path):
     assert cli.trainer.global_step == 4
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
+    """Catches a training that goes on for hours with weights that are lost, and saves them over the good ones."""
+    diverging = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e20", "--checkpoint_every", "1")
+    with pytest.raises(SystemExit) as stopped:
+        main(command("MAML", tmp_path, *diverging, steps=9))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "meta-training diverged: " in error
+    assert "--trainer.gradient_clip_val" in error
+    saved = weights(tmp_path / "maml" / "checkpoints" / "last.ckpt")  # of the first step, finite and useless
+    assert all(w.isfinite().all() for w in saved.values())
+
+
 def test_full_disk_keeps_the_old_checkpoint_and_goes_on(tmp_path, monkeypatch):
     """Catches a half-written file that is later trusted, and a training that dies for lack of disk."""
     io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
