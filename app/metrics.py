@@ -108,7 +108,12 @@ POOLED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 """What is pooled over the tasks before it makes a figure: by the name of the counts, that figure."""
 LOWER_IS_BETTER = frozenset({"mse", "nll", "loss", "inner_gradient", "reconstruction"})
 """Names whose worst decile is the highest."""
-NEITHER_IS_BETTER = frozenset({"coverage", "width", "inside_entropy", "outside_entropy", "assignment_entropy"})
+NEITHER_IS_BETTER = frozenset(
+    {
+        *("coverage", "width", "inside_entropy", "outside_entropy", "assignment_entropy"),
+        *("real_loss", "fake_loss", "generator_loss", "kl"),
+    }
+)
 """Names without a worst decile."""
 FINGERPRINT = "fingerprint"
 """Among the facts of a task, the number to know it again by."""

@@ -82,8 +82,8 @@ class MixtureTasks:
         def together(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in drawn])[back]
 
-        names = ("support_x", "support_y", "query_x", "query_y", "index", "support_rows", "query_rows")
-        columns: dict[str, Any] = {name: together(name) for name in names}
+        names = ("support_x", "support_y", "query_x", "query_y", "index", "support_rows", "query_rows", "unlabelled_x")
+        columns: dict[str, Any] = {name: together(name) for name in names if getattr(drawn[0], name) is not None}
         facts = {name: torch.cat([part.task[name] for part in drawn])[back] for name in drawn[0].task}
         return Episodes(**columns, ways=drawn[0].ways, task=facts)
 
@@ -103,7 +103,7 @@ class ImageMixture(ImageDataModule):
         super().__init__(**common)
         if not domains:
             raise ValueError("domains are none but must be one or more")
-        shared = ("ways", "shots", "queries", "train_ways", "train_shots", "train_queries", "seed")
+        shared = ("ways", "shots", "queries", "train_ways", "train_shots", "train_queries", "seed", "unlabelled")
         for name, domain in domains.items():
             for method in ("build", "normalize"):
                 if getattr(type(domain.source), method) is not getattr(ImageDataModule, method):

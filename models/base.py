@@ -121,13 +121,14 @@ class MetaLearner(pl.LightningModule):
     def map(self, function: Callable[[Task], Any], episodes: Episodes) -> Any:
         """``function`` of every task of a meta-batch; its tensors come back with a leading (T,)."""
 
-        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Any:
-            return function(Task(Support(support_x, support_y, episodes.ways), query_x, query_y))
+        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *unlabelled: Tensor) -> Any:
+            return function(Task(Support(support_x, support_y, episodes.ways, *unlabelled), query_x, query_y))
 
         e = episodes
         # In evaluation what a task draws must not depend on which tasks it is mapped with.
         randomness = "different" if self.training else "same"
-        tensors = (e.support_x, e.support_y, e.query_x, e.query_y)
+        unlabelled = () if e.unlabelled_x is None else (e.unlabelled_x,)
+        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *unlabelled)
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
