@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class GAN:
         noise: dimensions of an image's noise.
         hidden: channels of the largest maps, in encoder and generator; smaller maps have twice as many.
         conditional: give the generator the task's code; otherwise noise alone.
-        stochastic: draw codes and noise; otherwise codes are their means and noise is 0, and all fakes are the same.
+        stochastic: draw codes and noise anew at every training step; otherwise they are drawn as in evaluation.
         weight: of the discriminator's terms on real and fake, in the inner loop too; 0 leaves the base learner.
         kl_weight: of KL(q(c|T) ‖ N(0, I)), nats, in the generator's loss.
     """
@@ -129,13 +130,12 @@ class Adversary(nn.Module):
         self.encoder = DatasetEncoder(shape, widths, gan.latents) if gan.conditional else None
         self.generator = Generator(shape, widths, gan.noise + gan.latents * gan.conditional)
 
-    def draw(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(self, like: Tensor, rng: np.random.Generator | None) -> Tensor:
         """Standard normal noise of a tensor's shape."""
-        if not self.gan.stochastic:
-            return torch.zeros_like(like)
-        if generator is None:
+        if rng is None:
             return torch.randn_like(like)
-        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        # By numpy, since what torch draws depends on the tasks that are mapped together, and on the device.
+        return torch.from_numpy(rng.standard_normal(like.shape)).to(like.device, like.dtype)
 
     def forward(self, support: Support, images: int) -> tuple[Tensor, Tensor]:
         """Fakes (n, C, H, W) for a task, and KL(q(c|T) ‖ N(0, I)), nats; in evaluation the same at every call.
@@ -146,12 +146,12 @@ class Adversary(nn.Module):
         """
         x = support.x if support.unlabelled is None else torch.cat([support.x, support.unlabelled])
         # Noise that all tasks share: a prediction must not depend on which tasks it is made with.
-        generator = None if self.training else torch.Generator(x.device).manual_seed(SEED)
-        z = self.draw(x.new_zeros(self.gan.fakes or images, self.gan.noise), generator)
+        rng = None if self.training and self.gan.stochastic else np.random.default_rng(SEED)
+        z = self.draw(x.new_zeros(self.gan.fakes or images, self.gan.noise), rng)
         if self.encoder is None:
             return self.generator(z), x.new_zeros(())
         q = self.encoder(x)
-        code = q.mean + q.stddev * self.draw(q.mean, generator)
+        code = q.mean + q.stddev * self.draw(q.mean, rng)
         divergence = kl_divergence(q, Normal(0.0, 1.0)).sum()
         return self.generator(torch.cat([z, code.to(z.dtype).expand(len(z), -1)], -1)), divergence
 

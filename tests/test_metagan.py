@@ -21,7 +21,7 @@ KINDS = pytest.mark.parametrize("kind", [MetaGAN, MetaGANRelation])
 SMALL = GAN(latents=3, noise=2, hidden=3, kl_weight=0.2)
 
 
-def fixed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def fixed(like: Tensor, rng: np.random.Generator | None = None) -> Tensor:
     """Noise that is the same at every draw of a size."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(7), dtype=like.dtype)
 
@@ -278,6 +278,10 @@ def test_draws_are_new_in_training_and_the_same_in_evaluation():
     assert not torch.allclose(a[0], a[1])
     learner.eval()
     state = torch.get_rng_state()
+    learner.adversary.gan = replace(SMALL, stochastic=False)
+    learner.adversary.train()
+    again, _ = learner.adversary(data[0].support, 4)
+    torch.testing.assert_close(again, learner.adversary.eval()(data[0].support, 4)[0], rtol=0, atol=0)
     with torch.no_grad():
         together, alone = [], []
         for _ in range(2):
