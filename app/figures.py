@@ -198,6 +198,7 @@ FIGURE_NAMES = {
     "mse": "query MSE",
     "nll": "query NLL (nats)",
     "ece": "expected calibration error",
+    "nmi": "mutual information of clusters and families",
     "coverage": "coverage of the 95 % interval",
     "coverage_error": "error of the coverage",
     "width": "width of the 95 % interval",

@@ -92,6 +92,10 @@ class MetaLearner(pl.LightningModule):
         prediction = self.predict(self.adapt(task.support), task.query_x)
         return self.loss(prediction, task.query_y), prediction
 
+    def traits(self, batch: Episodes) -> dict[str, Tensor]:
+        """Figures of each task, (T, …), that evaluation has beside those of its predictions."""
+        return {}
+
     def keep(self, values: dict[str, Any]) -> None:
         """Take what the tasks of a meta-batch left, averaged over them and over all processes."""
         raise NotImplementedError
@@ -165,7 +169,8 @@ class MetaLearner(pl.LightningModule):
     def evaluation_step(self, batch: Episodes, stage: str) -> None:
         prediction = self.predictions(batch)
         facts = batch.task | {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
-        self.task_figures(stage).update(batch.index, self.per_task(prediction, batch.query_y), facts)
+        figures = self.per_task(prediction, batch.query_y) | self.traits(batch)
+        self.task_figures(stage).update(batch.index, figures, facts)
 
     def validation_step(self, batch: Episodes, batch_idx: int) -> None:
         self.evaluation_step(batch, "val")

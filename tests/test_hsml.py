@@ -140,7 +140,7 @@ def test_examples_are_read_with_their_targets_in_the_order_of_their_inputs(kind)
     order = sorted(range(len(x)), key=lambda i: x[i].sum())
     for learner.ordered, expected in ((True, [seen[i] for i in order]), (False, seen)):
         code, loss = learner.encoder(torch.tensor(np.array(expected)))
-        got, got_loss = learner.encode(task.support)
+        got, got_loss, _ = learner.encode(task.support)
         torch.testing.assert_close(got, code)
         torch.testing.assert_close(got_loss, loss)
     assert not images(encoder="pooling").ordered  # it does not see an order
@@ -206,7 +206,7 @@ def test_gate_multiplies_every_initial_parameter(build):
     with torch.no_grad():
         for p in (*learner.gate_biases.values(), *learner.learner.parameters()):
             p.normal_()
-    code, _ = learner.encode(task.support)
+    code, *_ = learner.encode(task.support)
     both = np.concatenate([array(code), array(learner.hierarchy(code)[0])])
     state = learner.adapt(task.support)
     names = [n for n, _ in learner.learner.named_parameters()]
