@@ -49,6 +49,7 @@ class HSML(MetaLearner):
         encoder: "recurrent", a GRU, or "pooling" autoencoder aggregator; or "functions", not of the paper and for
             regression on one output alone: the first level is a ``FunctionLevel``, a mixture of Bayesian regressions
             on what the embedding sees, whose log evidence of the examples stands in for their reconstruction.
+            ``features``, ``ordered`` and, on that level, ``deviation`` are not for it.
         ordered: the recurrent encoder reads examples in the order of the sums of their inputs, so that it encodes a
             set; False reads them as they come, as published.
         clusters: of each level, the root last.
