@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +159,7 @@ class HSML(MetaLearner):
     def hierarchy(self, code: Tensor, assignment: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """What the root holds, (hidden,), and each level's assignment (lower nodes, clusters), the first's if known."""
         nodes, assignments = code[None], []
-        for number, level in enumerate(self.levels):
+        for number, level in enumerate(cast(Iterable[ClusterLevel], self.levels)):
             if number or assignment is None:
                 assignment = level.assignment(nodes, None if number else self.active)
             assignments.append(assignment)

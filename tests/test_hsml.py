@@ -228,10 +228,10 @@ def test_clusters_become_families(seed):
     """Catches clusters that are not of families: all tasks in one, a table of other tasks' families."""
     torch.manual_seed(seed)
     data = FourFamily(train_queries=10, meta_batch_size=25, seed=seed)
-    learner = HSML(MLP(), 1, MLP(), hidden=20, encoder="functions", reconstruction_weight=1.0, inner_steps=1)
-    optimizer, train = torch.optim.Adam(learner.parameters(), 5e-3), data.distribution("train")
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
-    for step in range(600):
+    learner = HSML(MLP(), 1, MLP(), encoder="functions", reconstruction_weight=1.0, inner_steps=1)
+    optimizer, train = torch.optim.Adam(learner.parameters(), 3e-3), data.distribution("train")
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    for step in range(1000):
         batch = train.sample(range(25 * step, 25 * step + 25))
         optimizer.zero_grad()
         learner.map(learner.objective, batch)[0].mean().backward()
