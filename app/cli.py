@@ -33,6 +33,7 @@ from app.progress import TaskProgress
 from app.report import print_results, results, write_results
 from app.run import CHECKPOINTS, ConfigError, choose_run, write_atomically
 from datamodules.base import DataError, EpisodicDataModule
+from models.adversarial import GAN
 from models.backbones import load_pretrained
 from models.base import MetaLearner
 
@@ -57,6 +58,7 @@ def valid_names(parser: LightningArgumentParser) -> list[str]:
         ("model.init_args.", models.ALGORITHMS),
         ("data.init_args.", datamodules.DATA),
         ("model.init_args.backbone.init_args.", backbones),
+        ("model.init_args.gan.", [GAN]),
     ):
         for cls in classes:
             for base in inspect.getmro(cls):

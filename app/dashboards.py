@@ -537,6 +537,8 @@ class Dashboard(pl.Callback):
                     "worst_episode",
                     lambda: figures.episode(*_episode(probe, worst), title=f"Task {worst}, the worst"),
                 )
+        if probe.pictures and hasattr(probe.learner, "adversary"):
+            yield "generated", lambda: figures.generated(_generated(probe, 6), f"Images generated for tasks, {at}")
         if probe.data.kind == "classification" and hasattr(probe.learner, "embed"):
             yield "embedding", lambda: figures.embedding(*_embeddings(probe), title=f"Embedding of task 0, {at}")
         if probe.data.kind == "classification" and final:
@@ -634,6 +636,14 @@ def _episode(probe: Probe, index: int) -> Any:
     probabilities = probe.predict(ready)[0].softmax(-1)
     parts = (stored.support_x[0], stored.support_y[0], stored.query_x[0], stored.query_y[0])
     return *parts, probabilities, probe.names(stored, 0)
+
+
+def _generated(probe: Probe, tasks: int) -> Any:
+    stored, ready = probe.sample(range(tasks))
+    adversary: Any = probe.learner.adversary
+    fakes = [adversary(ready[i].support, stored.support_x.shape[1])[0] for i in range(tasks)]
+    made = [(255 * x.float().cpu()).byte() for x in fakes]  # as bright as they are
+    return list(zip(stored.support_x, made, strict=True))
 
 
 def _embeddings(probe: Probe) -> Any:

@@ -190,6 +190,35 @@ def episode(
     return figure
 
 
+@_styled
+def generated(tasks: Sequence[tuple[Any, Any]], title: str) -> Figure:
+    """A row for each task: images of its support set, then those that were generated for it.
+
+    Args:
+        tasks: support images (S, C, H, W) and generated ones (n, C, H, W), of each task.
+        title: of the figure.
+    """
+    rows = [(pixels(support)[:QUERIES], pixels(made)[:QUERIES]) for support, made in tasks]
+    shots, fakes = max(len(s) for s, _ in rows), max(len(f) for _, f in rows)
+    height, width = rows[0][0].shape[1:3]
+    gap, pad = width // 2, max(1, width // 14)
+    canvas = np.ones((len(rows) * (height + pad), (shots + fakes) * (width + pad) + gap, 3))
+    left = shots * (width + pad) + gap
+    for row, (support, made) in enumerate(rows):
+        y = row * (height + pad)
+        for start, images in ((0, support), (left, made)):
+            for k, image in enumerate(images):
+                x = start + k * (width + pad)
+                canvas[y : y + height, x : x + width] = image
+    figure, axes = _single(0.3 + 0.58 * (shots + fakes + 0.5), 0.8 + 0.58 * len(rows))
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_axis_off()
+    axes.text(0, -0.2 * height, "support", fontsize=9, color=MUTED)
+    axes.text(left, -0.2 * height, "generated", fontsize=9, color=MUTED)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    return figure
+
+
 # Adaptation ---------------------------------------------------------------------------------------------------------
 
 FIT_STEPS = (0, 1, 5, 10)  # whose predictive intervals are drawn, and the last one's
@@ -198,6 +227,7 @@ FIGURE_NAMES = {
     "mse": "query MSE",
     "nll": "query NLL (nats)",
     "ece": "expected calibration error",
+    "nmi": "mutual information of clusters and families",
     "coverage": "coverage of the 95 % interval",
     "coverage_error": "error of the coverage",
     "width": "width of the 95 % interval",

@@ -101,14 +101,30 @@ def coverage_error(levels: Tensor) -> Tensor:
     return (measured - nominal)[..., :-1].abs().mean(-1)
 
 
+def mutual_information(table: Tensor) -> Tensor:
+    """Normalised mutual information of two labellings, of their table of counts (…, A, B), in [0, 1], (…,).
+
+    Twice what they tell of each other over what there is to tell of both; 0 where both have one label.
+    """
+    p = table / table.sum((-1, -2), keepdim=True)
+    rows, columns, both = (torch.special.entr(q).sum((-1, -2)) for q in (p.sum(-1, True), p.sum(-2, True), p))
+    return 2 * (rows + columns - both) / (rows + columns).clamp(min=torch.finfo(p.dtype).tiny)
+
+
 POOLED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "bins": ("ece", calibration_error),
     "levels": ("coverage_error", coverage_error),
+    "families": ("nmi", mutual_information),
 }
 """What is pooled over the tasks before it makes a figure: by the name of the counts, that figure."""
 LOWER_IS_BETTER = frozenset({"mse", "nll", "loss", "inner_gradient", "reconstruction"})
 """Names whose worst decile is the highest."""
-NEITHER_IS_BETTER = frozenset({"coverage", "width", "inside_entropy", "outside_entropy", "assignment_entropy"})
+NEITHER_IS_BETTER = frozenset(
+    {
+        *("coverage", "width", "inside_entropy", "outside_entropy", "assignment_entropy"),
+        *("real_loss", "fake_loss", "generator_loss", "kl"),
+    }
+)
 """Names without a worst decile."""
 FINGERPRINT = "fingerprint"
 """Among the facts of a task, the number to know it again by."""

@@ -28,11 +28,13 @@ class Support:
         x: inputs, (S, *input).
         y: labels in [0, ways), (S,), int64; or targets, (S, out), for regression.
         ways: number of classes, static; 0 for regression.
+        unlabelled: further inputs of the same classes without labels, (U, *input), for learners that use them.
     """
 
     x: Tensor
     y: Tensor
     ways: int
+    unlabelled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Episodes:
         task: what the sampler knows of each task, name to (T, ...): class ids, amplitude and phase.
         support_rows, query_rows: (T, S) and (T, Q), which image of the split each input is; None where inputs are drawn
             anew for every task.
+        unlabelled_x: (T, U, *input), of each task's classes, other images than support and queries; None without.
     """
 
     support_x: Tensor
@@ -71,6 +74,7 @@ class Episodes:
     task: dict[str, Tensor] = field(default_factory=dict)
     support_rows: Tensor | None = None
     query_rows: Tensor | None = None
+    unlabelled_x: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -102,7 +106,8 @@ class Episodes:
         return torch.stack([part.float().flatten(1).square().sum(1) for part in parts]).sum(0)
 
     def __getitem__(self, i: int) -> Task:
-        support = Support(self.support_x[i], self.support_y[i], self.ways)
+        unlabelled = None if self.unlabelled_x is None else self.unlabelled_x[i]
+        support = Support(self.support_x[i], self.support_y[i], self.ways, unlabelled)
         return Task(support, self.query_x[i], self.query_y[i])
 
 

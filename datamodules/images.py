@@ -88,9 +88,10 @@ class ImageTasks:
         seed, split: of the episodes.
         max_shots: where given, every meta-batch has as many shots as its number draws from ``shots`` to this.
         meta_batch: tasks of a meta-batch: episode i is of number i // ``meta_batch``.
+        unlabelled: further images per class without labels; support and queries are the same for any number.
 
     Raises:
-        DataError: fewer classes than ways, or a class with fewer images than shots + queries.
+        DataError: fewer classes than ways, or a class with fewer images than shots + queries + unlabelled.
     """
 
     def __init__(
@@ -108,9 +109,11 @@ class ImageTasks:
         warp: Warp | None = None,
         max_shots: int | None = None,
         meta_batch: int = 1,
+        unlabelled: int = 0,
     ) -> None:
         self.aligned, self.warp = aligned, warp
         self.classes, self.ways, self.shots, self.queries = classes, ways, shots, queries
+        self.unlabelled = unlabelled
         self.max_shots, self.meta_batch = max_shots or shots, meta_batch
         self.seed, self.split, self.rotations = seed, split, rotations
         self.turns = 1 if rotations == "none" else 4
@@ -118,12 +121,12 @@ class ImageTasks:
         if total < ways:
             cure = "give the split more classes" + (f", or lower ways to {total}" if total > 1 else "")
             raise DataError(f"the {split} split has {total} classes but a task needs {ways}: {cure}")
-        if (short := classes.counts < self.max_shots + queries).any():
+        if (short := classes.counts < self.max_shots + queries + unlabelled).any():
             k = int(np.flatnonzero(short)[0])
             raise DataError(
                 f"class {classes.names[k]!r} ({split}) has {classes.counts[k]} images but a task needs "
-                f"{self.max_shots} shots + {queries} queries of each class: lower them, add images, or leave the class "
-                "out"
+                f"{self.max_shots} shots + {queries} queries{f' + {unlabelled} unlabelled' if unlabelled else ''} of "
+                "each class: lower them, add images, or leave the class out"
             )
         self.members: list[np.ndarray] | None = None
         if within_group:
@@ -187,14 +190,13 @@ class ImageTasks:
             turn = rng.integers(4, self.ways)
         counts = self.classes.counts[base]
         if self.aligned:
-            instance = rng.choice(counts.min(1), per_class)[:, None]
+            instance = rng.choice(counts.min(1), per_class)[:, None].repeat(self.ways, 1)
         else:
             instance = rng.choice(counts, per_class, self.ways)  # (T, ways, shots + queries)
-        rows = (self.classes.starts[base] + turn * len(self.classes.images))[..., None] + instance
+        first_row = (self.classes.starts[base] + turn * len(self.classes.images))[..., None]
+        rows = first_row + instance
         images = self.images[torch.from_numpy(rows.reshape(-1))]
-        if self.warp is not None:
-            images = self.warp(images.view(tasks, -1, *images.shape[1:]), rng)
-        images = images.view(tasks, self.ways, per_class, *images.shape[-3:])
+        images = self.warped(images.view(tasks, -1, *images.shape[1:]), rng).unflatten(1, (self.ways, per_class))
         label = torch.arange(self.ways)
         return Episodes(
             support_x=images[:, :, :shots].flatten(1, 2),
@@ -207,7 +209,31 @@ class ImageTasks:
             # A warped image is none of the split's.
             support_rows=torch.from_numpy(rows[:, :, :shots]).flatten(1) if self.warp is None else None,
             query_rows=torch.from_numpy(rows[:, :, shots:]).flatten(1) if self.warp is None else None,
+            unlabelled_x=self.unlabelled_images(rng, counts, instance, first_row),
         )
+
+    def unlabelled_images(
+        self, rng: TaskStreams, counts: np.ndarray, taken: np.ndarray, first_row: np.ndarray
+    ) -> Tensor | None:
+        """Images (T, ways * unlabelled, C, H, W) besides those taken, in random order; None where none are asked for.
+
+        Args:
+            rng: drawn from after all else, so that nothing else depends on these.
+            counts: images of each class, (T, ways).
+            taken: the instances of the labelled images, (T, ways, n).
+            first_row: of each class, (T, ways, 1).
+        """
+        if not self.unlabelled:
+            return None
+        instance = rng.choice(counts - taken.shape[-1], self.unlabelled, self.ways)
+        for one in np.moveaxis(np.sort(taken, -1), -1, 0):  # count on past those that are taken, lowest first
+            instance = instance + (instance >= one[..., None])
+        rows = (first_row + instance).reshape(len(taken), -1)
+        rows = np.take_along_axis(rows, np.argsort(rng.bits(rows.shape[1]), -1), -1)  # or their places were labels
+        return self.warped(self.images[torch.from_numpy(rows)], rng)
+
+    def warped(self, images: Tensor, rng: TaskStreams) -> Tensor:
+        return images if self.warp is None else self.warp(images, rng)
 
 
 class ImageDataModule(EpisodicDataModule):
@@ -221,6 +247,8 @@ class ImageDataModule(EpisodicDataModule):
         max_train_shots: draw the shots of every training meta-batch, the same for all of its tasks, uniformly from
             ``train_shots`` to this; None for ``train_shots`` always.
         warp: warp the images of meta-training tasks at random; None leaves them as they are.
+        unlabelled: further images per class that a task shows without their labels, in every split; for learners that
+            use them. Support and queries are the same for any number.
         root: folder of the data and its cache.
         meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule.
     """
@@ -239,6 +267,7 @@ class ImageDataModule(EpisodicDataModule):
         train_queries: int | None = None,
         max_train_shots: int | None = None,
         warp: Warp | None = None,
+        unlabelled: int = 0,
         root: str = DEFAULT_ROOT,
         meta_batch_size: int = 32,
         val_tasks: int = 600,
@@ -257,6 +286,8 @@ class ImageDataModule(EpisodicDataModule):
         at_least(self.train_shots, max_train_shots=max_train_shots)
         self.max_train_shots = max_train_shots
         self.warp = warp
+        at_least(0, unlabelled=unlabelled)
+        self.unlabelled = unlabelled
         self.root = root
 
     def classes(self, split: str) -> ImageClasses:
@@ -286,6 +317,7 @@ class ImageDataModule(EpisodicDataModule):
             warp=self.warp if train else None,
             max_shots=self.max_train_shots if train else None,
             meta_batch=self.meta_batch_size,
+            unlabelled=self.unlabelled,
         )
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -293,6 +325,6 @@ class ImageDataModule(EpisodicDataModule):
         return images.float() / 255
 
     def on_device(self, episodes: Episodes) -> Episodes:
-        return dataclasses.replace(
-            episodes, support_x=self.normalize(episodes.support_x), query_x=self.normalize(episodes.query_x)
-        )
+        names = ("support_x", "query_x", "unlabelled_x")
+        images = {name: self.normalize(x) for name in names if (x := getattr(episodes, name)) is not None}
+        return dataclasses.replace(episodes, **images)

@@ -169,7 +169,7 @@ class Learn2LearnTasksets(ImageDataModule):
         common: see ImageDataModule.
 
     Raises:
-        ValueError: both or neither of ``benchmark`` and ``tasksets``, or shots that vary.
+        ValueError: both or neither of ``benchmark`` and ``tasksets``, shots that vary, or unlabelled images.
     """
 
     def __init__(
@@ -185,6 +185,8 @@ class Learn2LearnTasksets(ImageDataModule):
             raise ValueError(f"give one of benchmark ({', '.join(FILES)}) and tasksets")
         if self.max_train_shots is not None:
             raise ValueError("max_train_shots is given, but a learn2learn taskset has as many shots in every task")
+        if self.unlabelled:
+            raise ValueError("unlabelled images are asked for, but all of a learn2learn taskset's have labels")
         if benchmark is not None and benchmark not in FILES:
             raise ValueError(f"benchmark is {benchmark!r} but must be one of {', '.join(FILES)}")
         self.benchmark = benchmark

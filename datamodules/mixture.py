@@ -78,12 +78,11 @@ class MixtureTasks:
                 order.append(places)
         back = torch.from_numpy(np.argsort(np.concatenate(order)))
 
-        def together(name: str) -> Tensor | None:
-            columns = [getattr(part, name) for part in drawn]
-            return None if columns[0] is None else torch.cat(columns)[back]
+        def together(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in drawn])[back]
 
-        names = ("support_x", "support_y", "query_x", "query_y", "index", "support_rows", "query_rows")
-        columns: dict[str, Any] = {name: together(name) for name in names}
+        names = ("support_x", "support_y", "query_x", "query_y", "index", "support_rows", "query_rows", "unlabelled_x")
+        columns: dict[str, Any] = {name: together(name) for name in names if getattr(drawn[0], name) is not None}
         facts = {name: torch.cat([part.task[name] for part in drawn])[back] for name in drawn[0].task}
         return Episodes(**columns, ways=drawn[0].ways, task=facts)
 
@@ -103,7 +102,8 @@ class ImageMixture(ImageDataModule):
         super().__init__(**common)
         if not domains:
             raise ValueError("domains are none but must be one or more")
-        shared = ("ways", "shots", "queries", "train_ways", "train_shots", "train_queries", "seed")
+        shared = ("ways", "shots", "queries", "train_ways", "train_shots", "train_queries", "max_train_shots")
+        shared += ("unlabelled", "warp", "meta_batch_size", "seed")
         for name, domain in domains.items():
             for method in ("build", "normalize"):
                 if getattr(type(domain.source), method) is not getattr(ImageDataModule, method):

@@ -13,6 +13,7 @@ from models.leo import LEO
 from models.maml import MAML
 from models.matching import MatchingNet
 from models.meta_sgd import MetaSGD
+from models.metagan import MetaGAN, MetaGANRelation
 from models.nearest import NearestNeighbour
 from models.protonet import ProtoNet
 from models.relation import RelationNet
@@ -32,6 +33,8 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ProtoNet,
     MatchingNet,
     RelationNet,
+    MetaGAN,
+    MetaGANRelation,
     SNAIL,
     Baseline,
     NearestNeighbour,
@@ -55,6 +58,8 @@ __all__ = [
     "Conv4",
     "Learn2Learn",
     "MatchingNet",
+    "MetaGAN",
+    "MetaGANRelation",
     "MetaLearner",
     "MetaSGD",
     "NearestNeighbour",

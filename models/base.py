@@ -92,6 +92,10 @@ class MetaLearner(pl.LightningModule):
         prediction = self.predict(self.adapt(task.support), task.query_x)
         return self.loss(prediction, task.query_y), prediction
 
+    def traits(self, batch: Episodes) -> dict[str, Tensor]:
+        """Figures of each task, (T, …), that evaluation has beside those of its predictions."""
+        return {}
+
     def keep(self, values: dict[str, Any]) -> None:
         """Take what the tasks of a meta-batch left, averaged over them and over all processes."""
         raise NotImplementedError
@@ -121,13 +125,14 @@ class MetaLearner(pl.LightningModule):
     def map(self, function: Callable[[Task], Any], episodes: Episodes) -> Any:
         """``function`` of every task of a meta-batch; its tensors come back with a leading (T,)."""
 
-        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Any:
-            return function(Task(Support(support_x, support_y, episodes.ways), query_x, query_y))
+        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *unlabelled: Tensor) -> Any:
+            return function(Task(Support(support_x, support_y, episodes.ways, *unlabelled), query_x, query_y))
 
         e = episodes
         # In evaluation what a task draws must not depend on which tasks it is mapped with.
         randomness = "different" if self.training else "same"
-        tensors = (e.support_x, e.support_y, e.query_x, e.query_y)
+        unlabelled = () if e.unlabelled_x is None else (e.unlabelled_x,)
+        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *unlabelled)
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
@@ -165,7 +170,8 @@ class MetaLearner(pl.LightningModule):
     def evaluation_step(self, batch: Episodes, stage: str) -> None:
         prediction = self.predictions(batch)
         facts = batch.task | {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
-        self.task_figures(stage).update(batch.index, self.per_task(prediction, batch.query_y), facts)
+        figures = self.per_task(prediction, batch.query_y) | self.traits(batch)
+        self.task_figures(stage).update(batch.index, figures, facts)
 
     def validation_step(self, batch: Episodes, batch_idx: int) -> None:
         self.evaluation_step(batch, "val")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from datamodules.base import at_least
 from datamodules.episodes import Episodes, Support, Task
+from datamodules.regression import FAMILIES
 from models.backbones import Backbone
 from models.base import MetaLearner, Paper
-from models.clusters import ClusterLevel
+from models.clusters import ClusterLevel, FunctionLevel
 from models.functional import (
     Adapted,
     Parameters,
@@ -45,7 +46,10 @@ class HSML(MetaLearner):
         embedding: what the encoder sees of an input; None sees the input itself, flattened.
         features: size of F(x, y), an example together with its target, which the encoder reads and reconstructs.
         hidden: size of the task's code and of what clusters hold; 40 for regression, 128 for images.
-        encoder: "recurrent", a GRU, or "pooling" autoencoder aggregator.
+        encoder: "recurrent", a GRU, or "pooling" autoencoder aggregator; or "functions", not of the paper and for
+            regression on one output alone: the first level is a ``FunctionLevel``, a mixture of Bayesian regressions
+            on what the embedding sees, whose log evidence of the examples stands in for their reconstruction.
+            ``features``, ``ordered`` and, on that level, ``deviation`` are not for it.
         ordered: the recurrent encoder reads examples in the order of the sums of their inputs, so that it encodes a
             set; False reads them as they come, as published.
         clusters: of each level, the root last.
@@ -81,7 +85,7 @@ class HSML(MetaLearner):
         embedding: Backbone | None = None,
         features: int = 20,
         hidden: int = 40,
-        encoder: Literal["recurrent", "pooling"] = "recurrent",
+        encoder: Literal["recurrent", "pooling", "functions"] = "recurrent",
         ordered: bool = True,
         clusters: Sequence[int] = (4, 2, 1),
         deviation: float = 2.0,
@@ -109,12 +113,18 @@ class HSML(MetaLearner):
         self.learner = base_learner(backbone, outputs)
         self.embedding = nn.Flatten() if embedding is None else embedding
         seen = math.prod(backbone.input_shape) if embedding is None else embedding.out_features
-        # F(x, y) is linear in what is seen of x, and in y: of classes it has a row each, like the head.
-        self.joint = nn.Linear(seen, features)
-        self.head_targets = nn.Parameter(nn.init.xavier_uniform_(torch.empty(outputs, features)))
-        self.encoder = (RecurrentAutoencoder if encoder == "recurrent" else PoolingAutoencoder)(features, hidden)
         sizes = [max_clusters or clusters[0], *clusters[1:]]
         self.levels = nn.ModuleList(ClusterLevel(k, hidden, deviation) for k in sizes)
+        if encoder == "functions":
+            if outputs != 1:
+                raise ValueError(f"outputs is {outputs} but must be 1 where the encoder is of functions")
+            self.joint = nn.Linear(seen, hidden)
+            self.levels[0] = FunctionLevel(sizes[0], hidden)
+        else:
+            # F(x, y) is linear in what is seen of x, and in y: of classes it has a row each, like the head.
+            self.joint = nn.Linear(seen, features)
+            self.head_targets = nn.Parameter(nn.init.xavier_uniform_(torch.empty(outputs, features)))
+            self.encoder = (RecurrentAutoencoder if encoder == "recurrent" else PoolingAutoencoder)(features, hidden)
         gated = {n.replace(".", "_"): p for part in split_parameters(self.learner, True) for n, p in part.items()}
         self.gates = nn.ParameterDict({n: torch.empty(*p.shape, 2 * hidden) for n, p in gated.items()})
         self.gate_biases = nn.ParameterDict({n: torch.zeros_like(p) for n, p in gated.items()})
@@ -132,22 +142,28 @@ class HSML(MetaLearner):
         self.register_buffer("counted", torch.tensor(0))
         self.register_buffer("losses", torch.zeros(2))
 
-    def encode(self, support: Support) -> tuple[Tensor, Tensor]:
-        """The task's code (hidden,) and the loss of reconstructing its examples from it."""
+    def encode(self, support: Support) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The task's code (hidden,), the loss of reconstructing its examples, its clusters (1, K) where those read."""
+        level = self.levels[0]
+        if isinstance(level, FunctionLevel):
+            seen = call(self.embedding, {}, support.x, self.statistics_source)
+            return level.read(self.joint(seen), support.y, self.active)
         targets = F.one_hot(support.y, support.ways) if support.ways else support.y
         rows = fit_outputs(self.head_targets, support.ways) if support.ways else self.head_targets
         seen = call(self.embedding, {}, support.x, self.statistics_source)
         examples = self.joint(seen) + targets.to(rows.dtype) @ rows
         if self.ordered:
             examples = examples[support.x.flatten(1).sum(1).argsort()]
-        return self.encoder(examples)
+        return *self.encoder(examples), None
 
-    def hierarchy(self, code: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What the root holds, (hidden,), and every level's assignment (lower nodes, clusters)."""
+    def hierarchy(self, code: Tensor, assignment: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """What the root holds, (hidden,), and each level's assignment (lower nodes, clusters), the first's if known."""
         nodes, assignments = code[None], []
-        for number, level in enumerate(self.levels):
-            nodes, assignment = level(nodes, self.active if number == 0 else None)
+        for number, level in enumerate(cast(Iterable[ClusterLevel], self.levels)):
+            if number or assignment is None:
+                assignment = level.assignment(nodes, None if number else self.active)
             assignments.append(assignment)
+            nodes = level(nodes, assignment)
         return nodes[0], assignments
 
     def gate(self, code: Tensor, held: Tensor, ways: int) -> Parameters:
@@ -173,8 +189,8 @@ class HSML(MetaLearner):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
 
     def adaptation(self, support: Support) -> Iterator[Adapted]:
-        code, _ = self.encode(support)
-        yield from self.path(support, self.gate(code, self.hierarchy(code)[0], support.ways))
+        code, _, read = self.encode(support)
+        yield from self.path(support, self.gate(code, self.hierarchy(code, read)[0], support.ways))
 
     def adapt(self, support: Support) -> Adapted:
         return last(self.adaptation(support))
@@ -184,11 +200,24 @@ class HSML(MetaLearner):
 
     def assignments(self, episodes: Episodes) -> Tensor:
         """How far each task belongs to each cluster of the first level, (T, clusters)."""
-        return self.map(lambda task: self.hierarchy(self.encode(task.support)[0])[1][0][0], episodes)
+
+        def of(task: Task) -> Tensor:
+            code, _, read = self.encode(task.support)
+            return self.hierarchy(code, read)[1][0][0]
+
+        return self.map(of, episodes)
+
+    def traits(self, batch: Episodes) -> dict[str, Tensor]:
+        """Where the families of functions are known, each task's place in the table of families and clusters."""
+        if "family" not in batch.task:
+            return {}
+        family = F.one_hot(batch.task["family"], len(FAMILIES))
+        cluster = F.one_hot(self.assignments(batch).argmax(-1), self.capacity)
+        return {"families": (family[:, :, None] * cluster[:, None]).float()}
 
     def objective(self, task: Task) -> tuple[Any, ...]:
-        code, reconstruction = self.encode(task.support)
-        held, (assignment, *_) = self.hierarchy(code)
+        code, reconstruction, read = self.encode(task.support)
+        held, (assignment, *_) = self.hierarchy(code, read)
         state = last(self.path(task.support, self.gate(code, held, task.support.ways)))
         prediction = self.predict(state, task.query_x)
         loss = self.loss(prediction, task.query_y)

@@ -31,10 +31,11 @@ def step(algorithm: str, runs: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    """The runs of all learners by two processes, started once as torchrun or SLURM would."""
+def two(request, tmp_path_factory) -> Path:
+    """The runs of the learners that are tested, by two processes that start once, as by torchrun or SLURM."""
     runs = tmp_path_factory.mktemp("two")
-    commands = "".join(json.dumps([str(free_port()), [*step(a, runs), *TWO]]) + "\n" for a in ALGORITHMS)
+    chosen = [t.callspec.params["algorithm"] for t in request.session.items if "two" in getattr(t, "fixturenames", ())]
+    commands = "".join(json.dumps([str(free_port()), [*step(a, runs), *TWO]]) + "\n" for a in chosen)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     shared = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
     ranks = []
@@ -53,7 +54,7 @@ def two(tmp_path_factory) -> Path:
     for process in ranks:
         process.stdin.write(commands)
         process.stdin.close()
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 1200
     while any(p.poll() is None for p in ranks) and not any(p.poll() for p in ranks) and time.monotonic() < deadline:
         time.sleep(0.1)
     codes = [p.poll() for p in ranks]

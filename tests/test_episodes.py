@@ -329,3 +329,46 @@ def test_training_alone_varies_its_shots():
         assert data.distribution(split).sample(range(13)).support_x.shape[1] == 3
     with pytest.raises(ValueError, match="max_train_shots is 1"):
         ToyImages(shots=2, max_train_shots=1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"rotations": "random"}, {"rotations": "classes", "within_group": True}, {"aligned": True}]
+)
+def test_unlabelled_images_are_further_ones_of_the_same_classes(settings: dict):
+    """Catches unlabelled images that are support or queries too, twice the same, of other classes or turns, labels
+    that can be read off their places, tasks that change with their number, and a task that depends on its batch."""
+    settings = {"ways": 3, "shots": 1, "queries": 2, "seed": 3, "split": "train", **settings}
+    tasks, plain = ImageTasks(classes(), unlabelled=3, **settings), ImageTasks(classes(), **settings)
+    indices = range(200)
+    got, expected = tasks.sample(indices), plain.sample(indices)
+    assert expected.unlabelled_x is None
+    for name in ("support_x", "support_y", "query_x", "query_y", "index", "support_rows", "query_rows"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    assert got.unlabelled_x is not None and got.unlabelled_x.shape[1] == 9
+    labelled, unlabelled = (identify(x) for x in (torch.cat([got.support_x, got.query_x], 1), got.unlabelled_x))
+    first_class = []
+    for seen, more in zip(labelled, unlabelled, strict=True):
+        of_seen, of_more = (sorted((k, r) for k, _, r in part.tolist()) for part in (seen, more))
+        assert of_seen == of_more  # three of each: 1 shot and 2 queries, 3 unlabelled
+        assert len({tuple(row) for row in [*seen.tolist(), *more.tolist()]}) == 18
+        first_class.append([row.tolist() for row in seen[:3, [0, 2]]].index(more[0, [0, 2]].tolist()))
+    assert min(np.bincount(first_class, minlength=3)) > 40
+    alone = tasks.sample([7])
+    assert alone.unlabelled_x is not None
+    assert torch.equal(alone.unlabelled_x[0], got.unlabelled_x[7])
+
+
+def test_too_few_images_for_the_unlabelled_are_refused():
+    """Catches a draw of images that are not there."""
+    with pytest.raises(DataError, match="2 queries \\+ 4 unlabelled of each class"):
+        ImageTasks(classes(), 3, 1, 2, seed=0, split="train", unlabelled=4)
+
+
+def test_unlabelled_images_reach_the_learner_normalised():
+    """Catches bytes among the floats, and a data module whose setting goes nowhere."""
+    data = ToyImages(ways=3, queries=2, unlabelled=2)
+    for split in ("train", "val", "test"):
+        ready = data.on_device(data.distribution(split).sample([0, 1]))
+        assert ready.unlabelled_x is not None and ready.unlabelled_x.shape == (2, 6, 1, 16, 16)
+        assert ready.unlabelled_x.dtype == torch.float32 and ready.unlabelled_x.max() <= 1
+        assert torch.equal(ready[1].support.unlabelled, ready.unlabelled_x[1])

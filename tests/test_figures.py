@@ -62,6 +62,20 @@ def test_an_episode_of_many_classes_says_what_it_leaves_out():
     assert figure.get_size_inches()[1] < 16
 
 
+def test_generated_images_are_beside_their_own_task():
+    """Would catch: rows that are mixed up, or images scaled to hide how dull they are."""
+    rng = np.random.default_rng(0)
+    tasks = [(rng.integers(0, 256, (2, 1, 8, 8), np.uint8), rng.integers(0, 100, (3, 1, 8, 8), np.uint8)) for _ in "ab"]
+    figure = figures.generated(tasks, "Images")
+    image = figure.axes[0].images[0].get_array()
+    assert image.shape[:2] == (18, 49)  # two rows of 9; five columns of 9 and a gap of 4
+    for row, (support, made) in enumerate(tasks):
+        y = 9 * row
+        assert np.allclose(image[y : y + 8, 9:17, 0], support[1, 0] / 255)
+        assert np.allclose(image[y : y + 8, 40:48, 0], made[2, 0] / 255)
+    drawn(figure)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_pixels_are_rgb_in_range(channels: int):
     """Would catch: images of two or four channels, or normalised ones, that matplotlib refuses."""

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from gradients import assert_equals_finite_differences, episodes
+from scipy.stats import multivariate_normal
 from test_ddp import TWO
 from test_resume import finished
 from torch import nn
 from toy import command, weights
 
 from app.cli import main
+from app.metrics import mutual_information
 from datamodules import FourFamily
 from datamodules.episodes import Episodes
 from models import HSML, MAML, MLP, Conv2, Conv4
+from models.clusters import FunctionLevel
 from models.recurrent import GRUCell
 from models.task_encoders import PoolingAutoencoder, RecurrentAutoencoder
 
@@ -33,6 +36,10 @@ def functions(**settings) -> HSML:
     torch.manual_seed(2)
     defaults = {"outputs": 1, "features": 4, "hidden": 5, "clusters": (4, 2, 1), "inner_rate": 0.05, "inner_steps": 2}
     return HSML(MLP(hidden=(6, 6)), **(defaults | settings)).double()
+
+
+def of_functions(**settings) -> HSML:
+    return functions(encoder="functions", embedding=MLP(hidden=(6,)), reconstruction_weight=0.3, **settings)
 
 
 def families(tasks=3) -> Episodes:
@@ -140,7 +147,7 @@ def test_examples_are_read_with_their_targets_in_the_order_of_their_inputs(kind)
     order = sorted(range(len(x)), key=lambda i: x[i].sum())
     for learner.ordered, expected in ((True, [seen[i] for i in order]), (False, seen)):
         code, loss = learner.encoder(torch.tensor(np.array(expected)))
-        got, got_loss = learner.encode(task.support)
+        got, got_loss, _ = learner.encode(task.support)
         torch.testing.assert_close(got, code)
         torch.testing.assert_close(got_loss, loss)
     assert not images(encoder="pooling").ordered  # it does not see an order
@@ -160,6 +167,82 @@ def test_view_of_images_is_local_and_alone():
     torch.testing.assert_close(torch.func.vmap(lambda one: view(one[None])[0])(x), view(x))
     learner = images(embedding=Conv2(hidden=3, image_size=8, dense=(7, 5)), inner_steps=1, chunk=2)
     assert_equals_finite_differences(learner, episodes(tasks=2, queries=1))
+
+
+# Clusters of functions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("active", [2, 3])
+def test_evidence_code_and_clusters_of_functions_by_hand(active):
+    """Catches a covariance for its root, a noise that is not a variance, shares of clusters not in use, a code of the
+    likeliest cluster alone, and examples whose order matters."""
+    torch.manual_seed(3)
+    level = FunctionLevel(3, 4).double()
+    with torch.no_grad():
+        for p in level.parameters():
+            p.normal_()
+    features, y = torch.randn(5, 4, dtype=DOUBLE), torch.randn(5, 1, dtype=DOUBLE)
+    phi, target = array(features), array(y)[:, 0]
+    centres, roots, share = (array(p) for p in (level.centres, level.root, level.share))
+    variance = (math.exp(level.log_noise.item()) + 0.02) ** 2
+    shares = np.exp(share[:active]) / np.exp(share[:active]).sum()
+    joint, codes = np.zeros(3), np.zeros((3, 4))
+    for k in range(active):
+        prior = roots[k] @ roots[k].T
+        joint[k] = shares[k] * multivariate_normal.pdf(
+            target, phi @ centres[k], phi @ prior @ phi.T + variance * np.eye(5)
+        )
+        precision = np.linalg.inv(prior) + phi.T @ phi / variance
+        codes[k] = np.linalg.solve(precision, np.linalg.solve(prior, centres[k]) + phi.T @ target / variance)
+    for order in (slice(None), [3, 1, 4, 0, 2]):
+        code, loss, assignment = level.read(features[order], y[order], torch.tensor(active))
+        np.testing.assert_allclose(array(assignment), [joint / joint.sum()], rtol=1e-6)
+        np.testing.assert_allclose(array(code), joint @ codes / joint.sum(), rtol=1e-6)
+        assert loss.item() == pytest.approx(-math.log(joint.sum()) / 5)
+
+
+def test_functions_are_read_into_the_hierarchy():
+    """Catches a first level that assigns once more, by its distances, and examples that are not of the embedding."""
+    learner, task = of_functions(), families()[0]
+    first = learner.levels[0]
+    features = learner.joint(learner.embedding(task.support.x))
+    code, loss, assignment = first.read(features, task.support.y, learner.active)
+    for got, expected in zip(learner.encode(task.support), (code, loss, assignment), strict=True):
+        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(learner.assignments(families())[0], assignment[0])
+    assert not torch.allclose(assignment, first.assignment(code[None]))
+    held = (assignment[0, :, None] * torch.tanh(first.weight @ code + first.bias)).sum(0)
+    torch.testing.assert_close(first(code[None], assignment).sum(0), held)
+    root, (known, _, _) = learner.hierarchy(code, assignment)
+    assert known is assignment
+    for ours, theirs in zip(
+        learner.adaptation(task.support), learner.path(task.support, learner.gate(code, root, 0)), strict=True
+    ):
+        torch.testing.assert_close(ours.parameters, theirs.parameters)
+    assert_equals_finite_differences(learner, families())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_clusters_become_families(seed):
+    """Catches clusters that are not of families: all tasks in one, a table of other tasks' families."""
+    torch.manual_seed(seed)
+    data = FourFamily(train_queries=10, meta_batch_size=25, seed=seed)
+    learner = HSML(MLP(), 1, MLP(), encoder="functions", reconstruction_weight=1.0, inner_steps=1)
+    optimizer, train = torch.optim.Adam(learner.parameters(), 3e-3), data.distribution("train")
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    for step in range(1000):
+        batch = train.sample(range(25 * step, 25 * step + 25))
+        optimizer.zero_grad()
+        learner.map(learner.objective, batch)[0].mean().backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 10.0)
+        optimizer.step()
+        scheduler.step()
+    test = data.distribution("test").sample(range(2000))
+    with torch.no_grad():
+        table = learner.eval().traits(test)["families"].sum(0)
+    assert table.sum(1).tolist() == torch.bincount(test.task["family"]).tolist()
+    assert mutual_information(table) >= 0.6, table
 
 
 # The hierarchy and the gates ----------------------------------------------------------------------------------------
@@ -206,7 +289,7 @@ def test_gate_multiplies_every_initial_parameter(build):
     with torch.no_grad():
         for p in (*learner.gate_biases.values(), *learner.learner.parameters()):
             p.normal_()
-    code, _ = learner.encode(task.support)
+    code, *_ = learner.encode(task.support)
     both = np.concatenate([array(code), array(learner.hierarchy(code)[0])])
     state = learner.adapt(task.support)
     names = [n for n, _ in learner.learner.named_parameters()]
@@ -339,3 +422,5 @@ def test_impossible_hierarchies_are_refused():
             functions(clusters=clusters)
     with pytest.raises(ValueError, match="max_clusters"):
         functions(max_clusters=3)
+    with pytest.raises(ValueError, match="outputs"):
+        of_functions(outputs=2)

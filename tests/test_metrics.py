@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from app.metrics import LEVELS, TaskFigures, classification_figures, coverage_error, interval, regression_figures
+from app.metrics import (
+    LEVELS,
+    TaskFigures,
+    classification_figures,
+    coverage_error,
+    interval,
+    mutual_information,
+    regression_figures,
+)
 from app.predictive import Mixture
 
 
@@ -145,6 +154,28 @@ def test_a_diverged_distribution_covers_nothing():
     figures = regression_figures(parts((float("nan"), 1.0), values=3), torch.zeros(1, 3, 1))
     assert figures["coverage"].item() == 0
     assert figures["levels"][0].tolist() == [0.0] * (LEVELS - 1) + [3.0]
+
+
+def test_mutual_information_by_hand():
+    """Catches a normalisation by one labelling alone, logarithms of 0, and names of clusters that matter."""
+    same, coarse = torch.eye(4)[[2, 0, 3, 1]] * 5, torch.tensor([[6.0, 0, 0, 0]] * 3 + [[0, 0, 6.0, 0]])
+    tables = torch.stack([same, torch.ones(4, 4), torch.eye(4)[[0] * 4], coarse, coarse.T])
+    told = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
+    expected = [1, 0, 0, 2 * told / (told + math.log(4)), 2 * told / (told + math.log(4))]
+    assert mutual_information(tables).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_families_and_clusters_are_counted_over_tasks():
+    """Catches a mean of what single tasks tell, and a table of figures of other tasks."""
+    figures = TaskFigures()
+    of, to = torch.tensor([0, 0, 1, 1, 2, 2] * 5), torch.tensor([1, 1, 0, 0, 2, 0] * 5)
+    figures.update(torch.arange(30), {"families": torch.nn.functional.one_hot(3 * of + to, 9).view(30, 3, 3).float()})
+    # Two families of a cluster each, half of the third in one of its own.
+    clusters = -(math.log(1 / 2) / 2 + math.log(1 / 3) / 3 + math.log(1 / 6) / 6)
+    told = clusters - math.log(2) / 3
+    result = figures.compute()
+    assert result["nmi"] == pytest.approx(2 * told / (clusters + math.log(3)), rel=1e-5)
+    assert 0 < result["nmi_ci95"] < 0.5
 
 
 def test_the_interval_of_a_pooled_figure_is_that_of_repeated_draws_of_tasks():

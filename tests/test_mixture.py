@@ -151,6 +151,21 @@ def test_settings_of_the_mixture_reach_its_domains():
     assert [d.source.root for d in data.domains.values()] == ["elsewhere", "here"]
 
 
+def test_unlabelled_images_are_of_the_tasks_own_domain():
+    """Catches unlabelled images that are lost in the mixture, go to another task, or change what is labelled."""
+    indices = list(range(40))
+    got, plain = (mixture(queries=2, unlabelled=n).distribution("train").sample(indices) for n in (2, 0))
+    assert torch.equal(got.support_x, plain.support_x) and torch.equal(got.query_rows, plain.query_rows)
+    assert got.unlabelled_x is not None and got.unlabelled_x.shape == (40, 6, 1, 5, 5)
+    everything = torch.cat([tasks.images for tasks in mixture().distribution("train").domains.values()])
+    for i in range(40):
+        # Six images of each class: two shots, two queries and two unlabelled ones are all that there are.
+        classes = (got.support_rows[i] // 6).unique().tolist()
+        expected = torch.cat([everything[6 * k : 6 * k + 6] for k in classes])
+        seen = torch.cat([got.support_x[i], got.query_x[i], got.unlabelled_x[i]])
+        assert sorted(seen.flatten(1).tolist()) == sorted(expected.flatten(1).tolist())
+
+
 def test_a_picture_is_stored_as_the_first_domain_shows_its_own():
     """Catches a user's picture in another polarity or turn than what was trained on."""
     picture = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))

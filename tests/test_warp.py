@@ -61,6 +61,9 @@ def test_every_image_has_a_warp_of_its_own_that_its_task_fixes():
     batch = distribution.sample(range(6))
     assert all(same(distribution.sample([i]), 0, batch, i) for i in range(6))
     assert batch.support_rows is None  # nothing may take it for an image of the split
+    unlabelled = tasks(warp=Warp(), unlabelled=1).sample(range(6)).unlabelled_x
+    whole = {tuple(image.flatten().tolist()) for image in classes().images}
+    assert not any(tuple(image.flatten().tolist()) in whole for image in unlabelled.flatten(0, 1))
     plain = tasks().sample(range(6))
     assert torch.equal(plain.task["classes"], batch.task["classes"])
 

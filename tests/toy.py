@@ -72,6 +72,15 @@ ALGORITHMS = {
         *("--model", "models.RelationNet", *BACKBONE, "--model.filters", "8"),
         *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
     ],
+    "MetaGAN": [
+        *("--model", "models.MetaGAN", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *("--model.gan.hidden", "4", "--model.gan.latents", "6", "--model.gan.noise", "5"),
+    ],
+    "MetaGANRelation": [
+        *("--model", "models.MetaGANRelation", *BACKBONE, "--model.filters", "8"),
+        *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
+        *("--model.gan.hidden", "4", "--model.gan.latents", "6", "--model.gan.noise", "5"),
+    ],
     "SNAIL": [
         *("--model", "models.SNAIL", *BACKBONE, "--model.labels", "4", "--model.filters", "8"),
         *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
@@ -85,6 +94,8 @@ NOISELESS = {
         *("--model.hyperprior_weight", "0"),
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
+    "MetaGAN": ["--model.gan.stochastic", "false"],
+    "MetaGANRelation": ["--model.gan.stochastic", "false"],
     "WeightGenerator": ["--model.stochastic", "false", "--model.batch_norm", "transductive"],
 }
 
