@@ -261,6 +261,17 @@ class RunFiles(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
 
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        configs = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))
+        was, now = ((c["model"]["init_args"].get("optimizer") or {}).get("class_path") for c in configs)
+        if was != now:
+            raise ConfigError(
+                f"the run has the state of {was}, with which {now} cannot go on: leave the optimizer as it was, or "
+                "start a new run"
+            )
+
 
 @rank_zero_only
 def leave_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:

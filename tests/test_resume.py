@@ -140,6 +140,15 @@ def test_flags_win_over_the_checkpoint(tmp_path):
     assert cli.trainer.global_step == 4
 
 
+def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, capsys):
+    """Catches the state of one optimizer in another, which fails, or trains with what means something else."""
+    main(command("MAML", tmp_path, steps=2))
+    with pytest.raises(SystemExit):
+        main(command("MAML", tmp_path, "--ckpt_path", "last", "--model.optimizer", "torch.optim.SGD", steps=4))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the state of torch.optim.Adam, with which torch.optim.SGD cannot go on" in error
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
     """Catches a training that goes on for hours with weights that are lost, and saves them over the good ones."""
     diverging = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e20", "--checkpoint_every", "1")
