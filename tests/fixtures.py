@@ -44,18 +44,28 @@ def drawing(alphabet: str, character: int, drawer: int) -> Image.Image:
     return image
 
 
-def fake_omniglot(folder: Path) -> type[Omniglot]:
-    """Writes the two archives into ``folder``; the class that takes them for the whole of Omniglot."""
+def fake_omniglot(folder: Path, drawers: int = DRAWERS, smallest: int = 1) -> type[Omniglot]:
+    """Writes the two archives into ``folder``; the class that takes them for the whole of Omniglot.
+
+    Args:
+        folder: of the archives.
+        drawers: of each character.
+        smallest: characters that every alphabet has at least.
+    """
+    characters = {
+        set_name: {alphabet: max(count, smallest) for alphabet, count in alphabets.items()}
+        for set_name, alphabets in CHARACTERS.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     checksums, number = {}, 0
-    for set_name, alphabets in CHARACTERS.items():
+    for set_name, alphabets in characters.items():
         path = folder / f"{set_name}.zip"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(f"{set_name}/", "")
             for alphabet, count in alphabets.items():
                 for character in range(1, count + 1):
                     number += 1
-                    for drawer in range(1, DRAWERS + 1):
+                    for drawer in range(1, drawers + 1):
                         png = io.BytesIO()
                         drawing(alphabet, character, drawer).save(png, "PNG")
                         name = f"{set_name}/{alphabet}/character{character:02d}/{number:04d}_{drawer:02d}.png"
@@ -66,7 +76,7 @@ def fake_omniglot(folder: Path) -> type[Omniglot]:
     return type(
         "FakeOmniglot",
         (Omniglot,),
-        {"characters": CHARACTERS, "drawers": DRAWERS, "checksums": checksums, "maml_sizes": sizes},
+        {"characters": characters, "drawers": drawers, "checksums": checksums, "maml_sizes": sizes},
     )
 
 

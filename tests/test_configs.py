@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,22 +54,40 @@ def test_configuration_builds_and_its_dump_builds_the_same(path, tmp_path):
     assert again.trainer.max_steps == cli.trainer.max_steps > 0
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Iterator[dict[str, Path]]:
+    """Folders with enough characters of an alphabet, drawers and images for all configurations, by their data."""
+    folder = tmp_path_factory.mktemp("data")
+    omniglot = fake_omniglot(folder / "omniglot", drawers=20, smallest=20)
+    images = image_tree(folder / "images", {f"class{k:02d}": 24 for k in range(40)})
+    root = dict.fromkeys(("datamodules.Omniglot", "datamodules.ImageMixture"), folder / "omniglot")
+    root |= {"datamodules.ImageFolder": images, "datamodules.Glyphs": Path("data")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("characters", "drawers", "checksums"):
+            patch.setattr(Omniglot, name, getattr(omniglot, name))
+        patch.setattr(Omniglot, "maml_sizes", {"train": 70, "val": 25, "test": 25})
+        yield root
+
+
+def classes(path: Path, *flags: str) -> list[str]:
+    """The flag that gives a learner of the meta-training classes as many as the small data has."""
+    cli = build("--config", str(path), *flags)
+    if "classes" not in inspect.signature(type(cli.model)).parameters:
+        return []
+    return ["--model.init_args.classes", str(len(cli.datamodule.distribution("train").class_names))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_configuration_runs(path, tmp_path, monkeypatch):
+def test_configuration_runs(path, data, tmp_path):
     """Catches settings that build but do not run: a few meta-updates at full size, validated, tested and reported."""
-    fake = fake_omniglot(tmp_path / "data")
-    for name in ("characters", "drawers", "checksums"):
-        monkeypatch.setattr(Omniglot, name, getattr(fake, name))
-    monkeypatch.setattr(Omniglot, "maml_sizes", {"train": 30, "val": 25, "test": 25})
-    root = image_tree(tmp_path / "images", {f"class{k:02d}": 24 for k in range(40)})
-    place = dict.fromkeys(("datamodules.Omniglot", "datamodules.ImageMixture"), tmp_path / "data")
-    place |= {"datamodules.ImageFolder": root, "datamodules.Glyphs": "data"}
-    data = yaml.safe_load(path.read_text())["data"]["class_path"]
-    flags = ["--data.init_args.root", str(place[data])] if data in place else []
-    short = ["--config", str(CONFIGS / "overlays" / "debug.yaml"), "--data.init_args.queries", "3"]
-    flags += pretrained(path, tmp_path)
-    main(["--config", str(path), *short, "--runs", str(tmp_path), "--name", "x", *flags])
+    root = data.get(yaml.safe_load(path.read_text())["data"]["class_path"])
+    flags = ["--data.init_args.root", str(root)] if root else []
+    short = ["--config", str(CONFIGS / "overlays" / "debug.yaml"), "--runs", str(tmp_path), "--name", "x"]
+    if "aligned" not in path.read_text():
+        flags += ["--data.init_args.queries", "3"]
+    flags += [*pretrained(path, tmp_path), *classes(path, *flags, *short)]
+    main(["--config", str(path), *short, *flags])
     figures = json.loads((tmp_path / "x" / "results.json").read_text())["figures"]
     assert all(math.isfinite(f["mean"]) for f in figures.values())
 
