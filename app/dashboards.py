@@ -36,6 +36,7 @@ from app.run import TASKS_CSV, TASKS_NPZ, write_atomically
 from app.tested import save_tasks
 from datamodules.base import EpisodicDataModule
 from datamodules.episodes import Episodes, Task
+from datamodules.regression import FAMILIES
 from models.base import MetaLearner
 
 log = logging.getLogger(__name__)
@@ -513,6 +514,10 @@ class Dashboard(pl.Callback):
             levels = table["levels"].double().sum(0)
             yield "reliability", partial(figures.coverage, levels)
             panels.append(("Calibration", lambda axes: figures.draw_coverage(axes, levels)))
+        if "families" in table:
+            of_families = table["families"].double().sum(0)
+            yield "clusters", partial(figures.clusters, of_families, FAMILIES)
+            panels.append(("Clusters of tasks", lambda axes: figures.draw_clusters(axes, of_families, FAMILIES)))
         available = probe.data.test_tasks if final else probe.data.val_tasks
         curve = self._guarded("adaptation", lambda: probe.adaptation(min(self.curve_tasks, available)))
         if curve is not None:

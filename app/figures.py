@@ -583,6 +583,37 @@ def reliability(bins: Any, title: str = "Calibration") -> Figure:
     return figure
 
 
+def draw_clusters(axes: Axes, table: Any, names: Sequence[str]) -> None:
+    """Which cluster the tasks of each family belong to; clusters that know families have one full cell in a row.
+
+    Args:
+        axes: to draw on.
+        table: (families, clusters): tasks of the family whose most probable cluster is that one.
+        names: of the families.
+    """
+    counts = np.asarray(table, np.float64)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(share, cmap=SHADES, vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(share):
+        colour = "white" if value > 0.55 else INK
+        axes.text(column, row, f"{100 * value:.0f} %", ha="center", va="center", fontsize=8.5, color=colour)
+    axes.set_xticks(range(counts.shape[1]), [str(1 + c) for c in range(counts.shape[1])])
+    axes.set_yticks(range(len(names)), [f"{n}, {int(c):,}" for n, c in zip(names, counts.sum(1), strict=True)])
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("most probable cluster")
+
+
+@_styled
+def clusters(table: Any, names: Sequence[str], title: str = "Clusters of tasks") -> Figure:
+    """The families of tasks by cluster; arguments as ``draw_clusters``."""
+    figure, axes = _single()
+    draw_clusters(axes, table, names)
+    axes.set_title(title)
+    return figure
+
+
 def draw_coverage(axes: Axes, levels: Any) -> None:
     """Measured against nominal coverage of predictive intervals; on the diagonal they hold as many targets as they say.
 

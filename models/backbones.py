@@ -184,6 +184,18 @@ class Learn2Learn(Backbone):
         return self.body(x).flatten(1)
 
 
+class UnitLength(Backbone):
+    """Another backbone's features, scaled to unit length."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.input_shape, self.out_features, self.maps = backbone.input_shape, backbone.out_features, backbone.maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.backbone(x), dim=-1)
+
+
 class Pretrained(Backbone):
     """The backbone of another learner's checkpoint, frozen or as a start.
 
@@ -195,13 +207,12 @@ class Pretrained(Backbone):
         backbone: the network, with the settings that it was trained with.
         ckpt_path: of a learner that has it.
         frozen: leave the weights as they are; otherwise they are meta-learned from there on.
-        normalize: scale features to unit length.
     """
 
-    def __init__(self, backbone: Backbone, ckpt_path: str, frozen: bool = True, normalize: bool = False) -> None:
+    def __init__(self, backbone: Backbone, ckpt_path: str, frozen: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
-        self.ckpt_path, self.frozen, self.normalize = Path(ckpt_path), frozen, normalize
+        self.ckpt_path, self.frozen = Path(ckpt_path), frozen
         self.input_shape, self.out_features, self.maps = backbone.input_shape, backbone.out_features, backbone.maps
         self.loaded = False
         self.register_load_state_dict_post_hook(_mark_loaded)
@@ -241,8 +252,7 @@ class Pretrained(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         if not self.loaded:
             raise ConfigError(f"the weights of {self.ckpt_path} are not loaded: call load, or load a state_dict")
-        features = self.backbone(x)
-        return F.normalize(features, dim=-1) if self.normalize else features
+        return self.backbone(x)
 
 
 def _mark_loaded(module: nn.Module, incompatible: Any) -> None:

@@ -35,7 +35,8 @@ class LEO(MetaLearner):
     The inner loop descends the support loss by the codes, decoding anew at each step (alg. 1), then, for a few small
     steps, by the weights themselves; both with meta-learned rates, one for each latent and each feature. In
     meta-training codes and weights are drawn, in evaluation they are the means. As published it works on the features
-    of a frozen backbone (``Pretrained``); any other is trained along.
+    of a frozen backbone (``UnitLength`` around ``Pretrained``); any other is trained along. Rates and penalties as
+    published are for features of unit length: codes of longer ones diverge in the inner loop.
 
     The published ablations: ``inner_steps`` 0 and ``fine_tuning_steps`` 0, the conditional generator alone, or one of
     the two; ``conditional: false``, codes start from the prior; ``stochastic: false``.

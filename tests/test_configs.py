@@ -31,13 +31,14 @@ def build(*flags: str) -> MetaboltCLI:
 
 def pretrained(path: Path, folder: Path) -> list[str]:
     """Flags that put a checkpoint with the right backbone in place of the one that a configuration starts from."""
-    for part in build("--config", str(path), "--runs", str(folder)).model.modules():
+    for name, part in build("--config", str(path), "--runs", str(folder)).model.named_modules():
         if isinstance(part, Pretrained):
             torch.save(
                 {"state_dict": {f"backbone.{n}": v for n, v in part.backbone.state_dict().items()}},
                 folder / "backbone.ckpt",
             )
-            return ["--model.init_args.backbone.init_args.ckpt_path", str(folder / "backbone.ckpt")]
+            within = "backbone.init_args." * name.split(".").count("backbone")
+            return [f"--model.init_args.{within}ckpt_path", str(folder / "backbone.ckpt")]
     return []
 
 

@@ -273,6 +273,14 @@ def test_the_reliability_diagram_is_that_of_its_bins():
     drawn(figure)
 
 
+def test_clusters_are_shares_of_their_family():
+    """Catches shares of the cluster in place of the family's, and a table drawn on its side."""
+    figure = figures.clusters([[3, 1, 0], [0, 5, 5]], ["line", "cubic"])
+    cells = {tuple(map(int, t.get_position())): t.get_text() for t in figure.axes[0].texts}
+    assert cells == {(0, 0): "75 %", (1, 0): "25 %", (2, 0): "0 %", (0, 1): "0 %", (1, 1): "50 %", (2, 1): "50 %"}
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["line, 4", "cubic, 10"]
+
+
 def test_the_training_curve_is_read_from_the_rows_that_validated(tmp_path: Path):
     """Would catch: rows of training taken for validations, or the worst validation marked as the best."""
     path = tmp_path / "metrics.csv"

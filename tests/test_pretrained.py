@@ -14,7 +14,7 @@ import models
 from app.cli import main
 from app.evaluate import main as evaluate
 from app.run import ConfigError
-from models import MAML, MLP, Conv4, MetaSGD, Pretrained, ProtoNet
+from models import MAML, MLP, Conv4, MetaSGD, Pretrained, ProtoNet, UnitLength
 from models.backbones import load_pretrained
 from models.normalization import BatchNorm, BatchNormMode, normalize_by
 
@@ -40,8 +40,8 @@ def checkpoint(tmp_path) -> Path:
     return path
 
 
-def of(checkpoint: Path, **settings) -> Pretrained:
-    backbone = Pretrained(network().double(), str(checkpoint), **settings)
+def of(checkpoint: Path) -> Pretrained:
+    backbone = Pretrained(network().double(), str(checkpoint))
     backbone.load()
     return backbone
 
@@ -63,7 +63,7 @@ def test_frozen_features_are_the_sources_by_running_averages(checkpoint):
         with normalize_by(source):
             torch.testing.assert_close(backbone(x), expected, rtol=1e-12, atol=1e-12)
     assert not backbone(x).requires_grad and not backbone.backbone.training
-    unit = of(checkpoint, normalize=True)(x)
+    unit = UnitLength(backbone)(x)
     torch.testing.assert_close(unit, expected / expected.square().sum(1, keepdim=True).sqrt())
 
 
