@@ -53,7 +53,10 @@ class Parser(LightningArgumentParser):
 def valid_names(parser: LightningArgumentParser) -> list[str]:
     """Every dotted key that a configuration may hold, those of all algorithms and data modules included."""
     names = [a.dest for a in parser._actions if a.dest not in ("help", "config", "print_config")]
-    backbones = [models.Conv4, models.Conv2, models.MLP, models.Learn2Learn, models.Pretrained, models.UnitLength]
+    backbones = [
+        *(models.Conv4, models.Conv2, models.ResNet, models.MLP, models.Learn2Learn),
+        *(models.Pretrained, models.UnitLength, models.Averaged),
+    ]
     for prefix, classes in (
         ("model.init_args.", models.ALGORITHMS),
         ("data.init_args.", datamodules.DATA),

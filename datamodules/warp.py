@@ -50,10 +50,12 @@ class Warp:
         return torch.from_numpy(np.stack([np.stack(row, -1) for row in rows], -2).astype(np.float32))
 
     def __call__(self, images: Tensor, rng: TaskStreams) -> Tensor:
-        """Warped copies of uint8 images (T, N, C, H, W), by the tasks' streams. What comes in from outside repeats
-        the edge."""
-        tasks, each, *shape = images.shape
-        maps = self.maps(rng, each, *shape[1:]).flatten(0, 1)
-        grid = F.affine_grid(maps, [tasks * each, *shape], align_corners=False)
-        warped = F.grid_sample(images.flatten(0, 1).float(), grid, padding_mode="border", align_corners=False)
-        return warped.round().to(torch.uint8).view_as(images)
+        """Warped copies of uint8 images (T, N, C, H, W), by the tasks' streams."""
+        maps = self.maps(rng, images.shape[1], *images.shape[-2:])
+        return moved(images.flatten(0, 1).float(), maps.flatten(0, 1)).round().to(torch.uint8).view_as(images)
+
+
+def moved(images: Tensor, maps: Tensor) -> Tensor:
+    """Images (N, C, H, W) by affine maps (N, 2, 3) of where their pixels come from; outside, the edge repeats."""
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

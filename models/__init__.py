@@ -3,7 +3,7 @@
 import app  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
 from models.abml import ABML
 from models.anil import ANIL
-from models.backbones import MLP, Conv2, Conv4, Learn2Learn, Pretrained, UnitLength
+from models.backbones import MLP, Averaged, Conv2, Conv4, Learn2Learn, Pretrained, ResNet, UnitLength
 from models.base import MetaLearner
 from models.baseline import Baseline
 from models.bmaml import BMAML
@@ -53,6 +53,7 @@ __all__ = [
     "MAML",
     "MLP",
     "SNAIL",
+    "Averaged",
     "Baseline",
     "Conv2",
     "Conv4",
@@ -67,6 +68,7 @@ __all__ = [
     "ProtoNet",
     "RelationNet",
     "Reptile",
+    "ResNet",
     "UnitLength",
     "WeightGenerator",
 ]

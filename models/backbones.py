@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from app.checkpoints import load_checkpoint
 from app.run import ConfigError
 from datamodules.base import at_least
+from datamodules.streams import TaskStreams
+from datamodules.warp import Warp, moved
 from models.normalization import BatchNorm, replace_batch_norm
 
 
@@ -84,6 +86,70 @@ class Conv4(Backbone):
                 x = F.max_pool2d(x, 2)  # before ReLU: the same values from a quarter of the work
             x = F.relu(x)
         return x.flatten(1) if self.flatten else x.mean((2, 3))
+
+
+class ResNet(Backbone):
+    """Residual blocks of 3×3 convolutions, each with its 1×1 shortcut and 2×2 max pooling; the mean over what is left.
+
+    By default the field's ResNet-12, three convolutions in each of four blocks (Oreshkin et al. 2018), with the widths
+    of Lee et al. 2019, but for its dropout.
+
+    Args:
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images.
+        widths: filters of each block.
+        convs: of each block.
+        image_size: height and width of the input, pixels.
+        halvings: blocks that halve, the first ones; None for all.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        widths: Sequence[int] = (64, 160, 320, 640),
+        convs: int = 3,
+        image_size: int = 84,
+        halvings: int | None = None,
+    ) -> None:
+        super().__init__()
+        at_least(1, in_channels=in_channels, blocks=len(widths), convs=convs, image_size=image_size)
+        at_least(1, **{f"widths[{i}]": width for i, width in enumerate(widths)})
+        at_least(0, halvings=halvings)
+        halved = len(widths) if halvings is None else min(halvings, len(widths))
+        if image_size >> halved < 1:
+            raise ValueError(f"image_size is {image_size} but nothing is left of that after {halved} halvings")
+        channels = [in_channels, *widths]
+        self.blocks = nn.ModuleList(
+            ResidualBlock(i, o, convs, k < halved) for k, (i, o) in enumerate(pairwise(channels))
+        )
+        self.input_shape, self.out_features = (in_channels, image_size, image_size), channels[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.mean((2, 3))
+
+
+class ResidualBlock(nn.Module):
+    """Convolutions beside a 1×1 convolution, each with batch norm; LeakyReLU of slope 0.1; halved where asked for."""
+
+    def __init__(self, in_channels: int, out_channels: int, convs: int, halve: bool) -> None:
+        super().__init__()
+        channels = [in_channels] + [out_channels] * convs
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in pairwise(channels))
+        self.norms = nn.ModuleList(BatchNorm(out_channels) for _ in range(convs))
+        self.shortcut, self.norm = nn.Conv2d(in_channels, out_channels, 1, bias=False), BatchNorm(out_channels)
+        self.halve = halve
+        for conv in (*self.convs, self.shortcut):  # He et al. 2015, as their code
+            nn.init.kaiming_normal_(cast(nn.Conv2d, conv).weight, 0.1, "fan_out", "leaky_relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for k, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = norm(conv(F.leaky_relu(y, 0.1) if k else y))
+        y = y + self.norm(self.shortcut(x))
+        if self.halve:
+            y = F.max_pool2d(y, 2)  # before the nonlinearity: the same values from a quarter of the work
+        return F.leaky_relu(y, 0.1)
 
 
 class MLP(Backbone):
@@ -194,6 +260,39 @@ class UnitLength(Backbone):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.backbone(x), dim=-1)
+
+
+class Averaged(Backbone):
+    """In evaluation, the mean of another backbone's features of an image and of warped copies of it.
+
+    In training it is that backbone. The copies are by the same maps for every image, so that no prediction depends on
+    another one, nor on a seed.
+
+    Args:
+        backbone: of images.
+        copies: warped, beside the image itself.
+        warp: how far.
+    """
+
+    maps_of_copies: Tensor
+
+    def __init__(self, backbone: Backbone, copies: int = 8, warp: Warp = Warp()) -> None:
+        super().__init__()
+        at_least(1, copies=copies)
+        if len(backbone.input_shape) != 3:
+            raise ValueError("Averaged warps images, and its backbone takes none")
+        self.backbone = backbone
+        self.input_shape, self.out_features, self.maps = backbone.input_shape, backbone.out_features, backbone.maps
+        of_copies = warp.maps(TaskStreams(0, "test", [0]), copies, *backbone.input_shape[1:])
+        self.register_buffer("maps_of_copies", of_copies[0], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.backbone(x)
+        if self.training:
+            return z
+        for of_copy in self.maps_of_copies.to(x):
+            z = z + self.backbone(moved(x, of_copy.expand(len(x), 2, 3)))
+        return z / (1 + len(self.maps_of_copies))
 
 
 class Pretrained(Backbone):
