@@ -8,15 +8,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.base import at_least
 from datamodules.episodes import Support
 from models.backbones import Backbone
-from models.base import MetaLearner, Paper
-from models.functional import Adapted, Parameters, adapted, base_learner, call, for_ways, last, query, sgd_path
+from models.base import Paper
+from models.functional import Adapted, Parameters, adapted, base_learner, call, for_ways, sgd_path
+from models.gradient import GradientLearner
 from models.normalization import BatchNormMode
 
 
-class ANIL(MetaLearner):
+class ANIL(GradientLearner):
     """MAML whose inner loop adapts the head only; the features are meta-learned and stay as they are (section 4.1).
 
     Args:
@@ -49,14 +49,9 @@ class ANIL(MetaLearner):
         batch_norm: BatchNormMode = "transductive",
         **others: Any,
     ) -> None:
-        super().__init__(batch_norm=batch_norm, **others)
-        at_least(1, outputs=outputs)
-        at_least(0, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps)
+        super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
         self.learner = base_learner(backbone, outputs)
-        self.outputs = outputs
         self.inner_rate = inner_rate
-        self.inner_steps = inner_steps
-        self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.first_order = first_order
 
     def adaptation(self, support: Support) -> Iterator[Adapted]:
@@ -69,13 +64,6 @@ class ANIL(MetaLearner):
             weight, bias = parameters["head.weight"], parameters["head.bias"]
             return self.loss(F.linear(features.to(weight.dtype), weight, bias), support.y)
 
-        steps = self.inner_steps if self.training else self.eval_inner_steps
-        path = sgd_path(support_loss, head, self.inner_rate, steps, self.first_order)
+        path = sgd_path(support_loss, head, self.inner_rate, self.steps, self.first_order)
         for step, parameters in enumerate(path):
             yield adapted(self.learner, parameters, support, self.batch_norm, step)
-
-    def adapt(self, support: Support) -> Adapted:
-        return last(self.adaptation(support))
-
-    def predict(self, state: Adapted, query_x: Tensor) -> Tensor:
-        return query(self.learner, state, query_x, self.statistics_source)

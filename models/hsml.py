@@ -14,7 +14,7 @@ from datamodules.base import at_least
 from datamodules.episodes import Episodes, Support, Task
 from datamodules.regression import FAMILIES
 from models.backbones import Backbone
-from models.base import MetaLearner, Paper
+from models.base import Paper
 from models.clusters import ClusterLevel, FunctionLevel
 from models.functional import (
     Adapted,
@@ -25,15 +25,15 @@ from models.functional import (
     fit_outputs,
     for_ways,
     last,
-    query,
     sgd_path,
     split_parameters,
 )
+from models.gradient import GradientLearner
 from models.normalization import BatchNormMode
 from models.task_encoders import PoolingAutoencoder, RecurrentAutoencoder
 
 
-class HSML(MetaLearner):
+class HSML(GradientLearner):
     """Encodes a task's support set, assigns it softly to a hierarchy of clusters, and gates MAML's initialisation.
 
     The gate η = σ(W [g; h] + b) of the task's code g and what the root of the hierarchy holds, h, multiplies every
@@ -101,9 +101,8 @@ class HSML(MetaLearner):
         batch_norm: BatchNormMode = "transductive",
         **others: Any,
     ) -> None:
-        super().__init__(batch_norm=batch_norm, **others)
-        at_least(1, outputs=outputs, features=features, hidden=hidden, expansion_interval=expansion_interval)
-        at_least(0, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps)
+        super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
+        at_least(1, features=features, hidden=hidden, expansion_interval=expansion_interval)
         at_least(1, **{f"clusters[{i}]": k for i, k in enumerate(clusters)})
         at_least(clusters[0], max_clusters=max_clusters)
         if len(clusters) < 2 or clusters[-1] != 1:
@@ -130,10 +129,9 @@ class HSML(MetaLearner):
         self.gate_biases = nn.ParameterDict({n: torch.zeros_like(p) for n, p in gated.items()})
         for gate in self.gates.values():
             nn.init.xavier_uniform_(gate.data.view(-1, 2 * hidden))
-        self.outputs, self.ordered = outputs, ordered and encoder == "recurrent"
+        self.ordered = ordered and encoder == "recurrent"
         self.reconstruction_weight = reconstruction_weight
-        self.inner_rate, self.inner_steps = inner_rate, inner_steps
-        self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
+        self.inner_rate = inner_rate
         self.first_order, self.adapt_normalization = first_order, adapt_normalization
         self.max_clusters, self.capacity = max_clusters, sizes[0]
         self.expansion_interval, self.expansion_ratio = expansion_interval, expansion_ratio
@@ -183,20 +181,13 @@ class HSML(MetaLearner):
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             return self.loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support.y)
 
-        steps = self.inner_steps if self.training else self.eval_inner_steps
-        path = sgd_path(support_loss, start, self.inner_rate, steps, self.first_order)
+        path = sgd_path(support_loss, start, self.inner_rate, self.steps, self.first_order)
         for step, parameters in enumerate(path):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
 
     def adaptation(self, support: Support) -> Iterator[Adapted]:
         code, _, read = self.encode(support)
         yield from self.path(support, self.gate(code, self.hierarchy(code, read)[0], support.ways))
-
-    def adapt(self, support: Support) -> Adapted:
-        return last(self.adaptation(support))
-
-    def predict(self, state: Adapted, query_x: Tensor) -> Tensor:
-        return query(self.learner, state, query_x, self.statistics_source)
 
     def assignments(self, episodes: Episodes) -> Tensor:
         """How far each task belongs to each cluster of the first level, (T, clusters)."""

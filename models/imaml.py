@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datamodules.base import at_least
 from datamodules.episodes import Support, Task
 from models.backbones import Backbone
-from models.base import MetaLearner, Paper
+from models.base import Paper
 from models.functional import (
     Adapted,
     Parameters,
@@ -25,18 +25,17 @@ from models.functional import (
     inner,
     inner_gradient,
     inner_product,
-    last,
-    query,
     split_parameters,
     with_gradient,
 )
+from models.gradient import GradientLearner
 from models.normalization import BatchNormMode
 
 Loss = Callable[[Parameters], Tensor]
 LENGTHS = tuple(0.25**k for k in reversed(range(6)))  # of a Newton step, tried one after the other
 
 
-class IMAML(MetaLearner):
+class IMAML(GradientLearner):
     """Solves a regularised inner problem, G(φ) = L(φ) + λ/2 ‖φ - θ‖² on the support set (eq. 3), and differentiates
     its solution φ* implicitly (lemma 1): memory and the meta-gradient do not grow with the inner steps.
 
@@ -87,9 +86,8 @@ class IMAML(MetaLearner):
         batch_norm: BatchNormMode = "transductive",
         **others: Any,
     ) -> None:
-        super().__init__(batch_norm=batch_norm, **others)
-        at_least(1, outputs=outputs, cg_steps=cg_steps)
-        at_least(0, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps)
+        super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
+        at_least(1, cg_steps=cg_steps)
         if proximal_lambda <= 0:
             raise ValueError(f"proximal_lambda is {proximal_lambda} but must be above 0")
         for name, value in {"eval_lambda": eval_lambda, "cg_damping": cg_damping}.items():
@@ -98,11 +96,8 @@ class IMAML(MetaLearner):
         if solver == "hessian_free" and eval_lambda == 0:
             raise ValueError("eval_lambda is 0 but must be above 0 for the Hessian-free solver")
         self.learner = base_learner(backbone, outputs)
-        self.outputs = outputs
         self.solver = solver
         self.inner_rate = inner_rate
-        self.inner_steps = inner_steps
-        self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.eval_lambda = eval_lambda
         self.cg_steps, self.cg_damping = cg_steps, cg_damping
         self.adapt_normalization = adapt_normalization
@@ -165,15 +160,9 @@ class IMAML(MetaLearner):
         start, fixed, loss = self.inner_problem(support)
         parameters = {n: p.detach() for n, p in start.items()}
         yield adapted(self.learner, parameters | fixed, support, self.batch_norm)
-        for step in range(self.inner_steps if self.training else self.eval_inner_steps):
+        for step in range(self.steps):
             parameters = self.improve(loss, parameters, start)
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step + 1)
-
-    def adapt(self, support: Support) -> Adapted:
-        return last(self.adaptation(support))
-
-    def predict(self, state: Adapted, query_x: Tensor) -> Tensor:
-        return query(self.learner, state, query_x, self.statistics_source)
 
     def objective(self, task: Task) -> tuple[Any, ...]:
         start, fixed, support_loss = self.inner_problem(task.support)

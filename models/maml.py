@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from datamodules.base import at_least
 from datamodules.episodes import Support, Task
 from models.backbones import Backbone
-from models.base import MetaLearner, Paper
+from models.base import Paper
 from models.functional import (
     Adapted,
     Parameters,
@@ -19,15 +19,14 @@ from models.functional import (
     base_learner,
     call,
     for_ways,
-    last,
-    query,
     sgd_path,
     split_parameters,
 )
+from models.gradient import GradientLearner
 from models.normalization import BatchNorm, BatchNormMode
 
 
-class MAML(MetaLearner):
+class MAML(GradientLearner):
     """Finds an initialisation from which a few gradient steps on a support set do well on the queries.
 
     The inner loop is gradient descent on the support loss (eq. 1); the meta-gradient passes through all of its steps.
@@ -79,15 +78,10 @@ class MAML(MetaLearner):
         batch_norm: BatchNormMode = "transductive",
         **others: Any,
     ) -> None:
-        super().__init__(batch_norm=batch_norm, **others)
-        at_least(1, outputs=outputs)
-        at_least(0, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps)
+        super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
         at_least(0, multi_step_updates=multi_step_updates, first_order_updates=first_order_updates)
         self.learner = base_learner(backbone, outputs)
-        self.outputs = outputs
         self.inner_rate = inner_rate
-        self.inner_steps = inner_steps
-        self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.first_order, self.first_order_updates = first_order, first_order_updates
         self.adapt_normalization = adapt_normalization
         self.per_step_norm, self.multi_step_updates = per_step_norm, multi_step_updates
@@ -112,18 +106,11 @@ class MAML(MetaLearner):
             outputs = call(self.learner, parameters | fixed, support.x, self.statistics_source, step)
             return self.loss(outputs, support.y)
 
-        steps = self.inner_steps if self.training else self.eval_inner_steps
         rate = self.inner_rate if self.rates is None else self.rate
         first_order = self.first_order or self.meta_updates < self.first_order_updates
-        path = sgd_path(support_loss, for_ways(start, support.ways), rate, steps, first_order)
+        path = sgd_path(support_loss, for_ways(start, support.ways), rate, self.steps, first_order)
         for step, parameters in enumerate(path):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
-
-    def adapt(self, support: Support) -> Adapted:
-        return last(self.adaptation(support))
-
-    def predict(self, state: Adapted, query_x: Tensor) -> Tensor:
-        return query(self.learner, state, query_x, self.statistics_source)
 
     def step_weights(self) -> list[float]:
         """What the query loss after 0, 1, … steps weighs in the meta-objective (MAML++, eq. 3).

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datamodules.base import at_least
 from datamodules.episodes import Support
 from models.backbones import Backbone
-from models.base import MetaLearner, Paper
+from models.base import Paper
 from models.functional import (
     Adapted,
     Parameters,
@@ -19,15 +18,14 @@ from models.functional import (
     base_learner,
     call,
     for_ways,
-    last,
-    query,
     sgd_path,
     split_parameters,
 )
+from models.gradient import GradientLearner
 from models.normalization import BatchNormMode
 
 
-class MetaSGD(MetaLearner):
+class MetaSGD(GradientLearner):
     """MAML with a meta-learned rate for every single element of every parameter: θ' = θ - α ∘ ∇L(θ) (eq. 3).
 
     Rates are free to turn negative: their vector is a direction as much as a step size.
@@ -64,13 +62,8 @@ class MetaSGD(MetaLearner):
         batch_norm: BatchNormMode = "transductive",
         **others: Any,
     ) -> None:
-        super().__init__(batch_norm=batch_norm, **others)
-        at_least(1, outputs=outputs)
-        at_least(0, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps)
+        super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
         self.learner = base_learner(backbone, outputs)
-        self.outputs = outputs
-        self.inner_steps = inner_steps
-        self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.first_order = first_order
         self.adapt_normalization = adapt_normalization
         low, high = inner_rate if isinstance(inner_rate, (tuple, list)) else (inner_rate, inner_rate)
@@ -85,13 +78,6 @@ class MetaSGD(MetaLearner):
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             return self.loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support.y)
 
-        steps = self.inner_steps if self.training else self.eval_inner_steps
-        path = sgd_path(support_loss, for_ways(start, support.ways), lambda step: rates, steps, self.first_order)
+        path = sgd_path(support_loss, for_ways(start, support.ways), lambda step: rates, self.steps, self.first_order)
         for step, parameters in enumerate(path):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
-
-    def adapt(self, support: Support) -> Adapted:
-        return last(self.adaptation(support))
-
-    def predict(self, state: Adapted, query_x: Tensor) -> Tensor:
-        return query(self.learner, state, query_x, self.statistics_source)

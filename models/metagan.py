@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datamodules.base import at_least
 from datamodules.episodes import Support, Task
 from models.adversarial import GAN, Adversary
 from models.backbones import Backbone
-from models.base import MetaLearner, Paper
-from models.functional import Adapted, Parameters, adapted, call, for_ways, last, query, sgd_path, split_parameters
+from models.base import Paper
+from models.functional import Adapted, Parameters, adapted, call, for_ways, sgd_path, split_parameters
+from models.gradient import GradientLearner
 from models.normalization import BatchNormMode
 from models.relation import RelationNet
 
@@ -41,7 +41,7 @@ class Discriminator(nn.Module):
         return torch.cat([self.head(z), self.fake(z)], -1)
 
 
-class MetaGAN(MetaLearner):
+class MetaGAN(GradientLearner):
     """MAML whose classifier is the discriminator of a game: of N + 1 classes, the last one are generated images.
 
     The generator makes images from noise and a code of the task, which a dataset encoder draws from the support set.
@@ -78,15 +78,10 @@ class MetaGAN(MetaLearner):
         batch_norm: BatchNormMode = "transductive",
         **others: Any,
     ) -> None:
-        super().__init__(batch_norm=batch_norm, **others)
-        at_least(1, outputs=outputs)
-        at_least(0, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps)
+        super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
         self.learner = Discriminator(backbone, outputs)
         self.adversary = Adversary(backbone.input_shape, gan)
-        self.outputs = outputs
         self.inner_rate = inner_rate
-        self.inner_steps = inner_steps
-        self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.first_order = first_order
 
     def adaptation(self, support: Support) -> Iterator[Adapted]:
@@ -101,17 +96,13 @@ class MetaGAN(MetaLearner):
             terms, _ = self.adversary.discriminator_terms(logits, Task(support, support.x, support.y), fakes)
             return self.adversary.discriminator_loss(terms)
 
-        steps = self.inner_steps if self.training else self.eval_inner_steps
-        path = sgd_path(support_loss, for_ways(start, support.ways), self.inner_rate, steps, self.first_order)
+        path = sgd_path(support_loss, for_ways(start, support.ways), self.inner_rate, self.steps, self.first_order)
         for step, parameters in enumerate(path):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
 
-    def adapt(self, support: Support) -> Adapted:
-        return last(self.adaptation(support))
-
     def logits(self, state: Adapted, x: Tensor) -> Tensor:
         """Logits (n, ways + 1) of any images, fakes last."""
-        return query(self.learner, state, x, self.statistics_source)
+        return super().predict(state, x)
 
     def predict(self, state: Adapted, query_x: Tensor) -> Tensor:
         return self.logits(state, query_x)[:, :-1]
