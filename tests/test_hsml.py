@@ -223,7 +223,7 @@ def test_functions_are_read_into_the_hierarchy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [3, 4, 5])
 def test_clusters_become_families(seed):
     """Catches clusters that are not of families: all tasks in one, a table of other tasks' families."""
     torch.manual_seed(seed)
