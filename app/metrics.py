@@ -175,7 +175,8 @@ class TaskFigures(Metric):
                 if name not in names:
                     names.append(name)
                     self.add_state(f"task_{name}", default=[], dist_reduce_fx="cat")
-                getattr(self, f"task_{name}").append(value.detach())
+                half = value.is_floating_point() and value.element_size() < 4  # NumPy knows no bfloat16
+                getattr(self, f"task_{name}").append(value.detach().float() if half else value.detach())
         self.index.append(index)
 
     def reset(self) -> None:

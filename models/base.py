@@ -137,9 +137,10 @@ class MetaLearner(pl.LightningModule):
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
         """Figures of each task from predictions (T, Q, …) and targets (T, Q, …)."""
-        if isinstance(prediction, Mixture) or target.is_floating_point():
-            return regression_figures(prediction, target, width=not self.training)
-        return classification_figures(prediction, target)
+        with torch.autocast(target.device.type, enabled=False):  # what is measured is not to be rounded, whatever was
+            if isinstance(prediction, Mixture) or target.is_floating_point():
+                return regression_figures(prediction, target, width=not self.training)
+            return classification_figures(prediction, target)
 
     def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
         def recorded(task: Task) -> tuple[Tensor, Tensor, dict[str, Any], Statistics]:

@@ -159,7 +159,8 @@ def plain(tmp_path_factory):
     ],
 )
 def test_trainer_features_take_effect(name, flags, tmp_path, plain):
-    """Catches a Trainer option that is accepted and ignored: weights must move, and differently."""
+    """Catches a Trainer option that is accepted and ignored: weights must move, and differently; and results of a type
+    that cannot be written."""
     last = f"{name.lower()}/checkpoints/last.ckpt"
     sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5")
     if not (plain / last).exists():
@@ -168,6 +169,7 @@ def test_trainer_features_take_effect(name, flags, tmp_path, plain):
     a, b = weights(plain / last), weights(tmp_path / last)
     assert all(torch.isfinite(v).all() for v in b.values())
     assert any(not torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path / name.lower() / "test_tasks.npz").exists()
 
 
 @LEARNERS

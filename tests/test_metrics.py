@@ -20,6 +20,7 @@ from app.metrics import (
     regression_figures,
 )
 from app.predictive import Mixture
+from models import MLP, ProtoNet
 
 
 def collected(values: torch.Tensor, index: torch.Tensor | None = None) -> TaskFigures:
@@ -43,6 +44,20 @@ def test_calibration_equals_torchmetrics_and_nll_equals_cross_entropy():
     assert result["nll"] == pytest.approx(nll, rel=1e-5)
     assert result["accuracy"] == pytest.approx((logits.argmax(-1) == target).float().mean().item())
     assert result["ece_ci95"] > 0
+
+
+def test_mixed_precision_rounds_no_figure():
+    """Catches the sums of confidences that calibration is made of, multiplied in bfloat16."""
+    logits, target = torch.randn(3, 75, 5).bfloat16(), torch.randint(5, (3, 75))
+    learner = ProtoNet(MLP(1))
+    expected = learner.per_task(logits, target)
+    metric = TaskFigures()
+    with torch.autocast("cpu", torch.bfloat16):
+        figures = learner.per_task(logits, target)
+        metric.update(torch.arange(3), figures | {"kl": logits[:, 0, 0]})
+    for name, value in expected.items():
+        assert value.dtype == torch.float32 and torch.equal(figures[name], value), name
+    assert metric.table()["kl"].dtype == torch.float32
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
