@@ -450,7 +450,10 @@ class Dashboard(pl.Callback):
 
     def on_test_end(self, trainer: Any, pl_module: MetaLearner) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:
+            # First what was measured: of a slow learner, the rest takes minutes, in which a process may be killed.
+            self._guarded("table of the tasks", lambda: self._keep_tasks(trainer, pl_module))
             self._guarded("queries from outside", lambda: self._measure_outside(trainer, pl_module))
+            self._guarded("table of the tasks", lambda: self._keep_tasks(trainer, pl_module))
             self._guarded("pictures", lambda: self._draw(trainer, pl_module, "test"))
             self._guarded("summary", lambda: self._summarise(trainer, pl_module))
 
@@ -470,7 +473,7 @@ class Dashboard(pl.Callback):
         except Exception as error:
             if what not in self._failed:
                 self._failed.add(what)
-                log.warning("%s not drawn, the run goes on: %s: %s", what, type(error).__name__, _line(error))
+                log.warning("%s not made, the run goes on: %s: %s", what, type(error).__name__, _line(error))
             return None
 
     def _measure_outside(self, trainer: Any, learner: MetaLearner) -> None:
@@ -579,17 +582,20 @@ class Dashboard(pl.Callback):
         points = figures.read_curve(path, figure_name) if path.is_file() else np.zeros((0, 3))
         return points if len(points) > 1 else None
 
-    def _summarise(self, trainer: Any, learner: MetaLearner) -> None:
-        """The table of the test tasks, as CSV, for W&B and for comparisons, and the run's summary."""
-        metric = learner.task_figures("test")
-        data = trainer.datamodule
+    def _keep_tasks(self, trainer: Any, learner: MetaLearner) -> None:
+        """The table of the test tasks, as CSV and for comparisons."""
+        metric, data = learner.task_figures("test"), trainer.datamodule
         columns, rows = _table(Probe(learner, data, "test"), metric.all_tasks)
         text = io.StringIO()
         csv.writer(text).writerows([columns, *rows])
         write_atomically(self.run_dir / TASKS_CSV, text.getvalue())
         save_tasks(self.run_dir / TASKS_NPZ, data, type(learner).__name__, metric)
-        result = metric.everything()
-        name = HEADLINES[data.kind][0]
+
+    def _summarise(self, trainer: Any, learner: MetaLearner) -> None:
+        """The table of the test tasks for W&B, and the run's summary."""
+        metric, data = learner.task_figures("test"), trainer.datamodule
+        columns, rows = _table(Probe(learner, data, "test"), metric.all_tasks)
+        result, name = metric.everything(), HEADLINES[data.kind][0]
         for logger in _runs(trainer):
             import wandb
 

@@ -266,14 +266,29 @@ def test_a_picture_that_fails_costs_one_line(
         main(flags(tmp_path, "ProtoNet", "--wandb", "off"))
     told = [r.message for r in caplog.records if r.name == "app.dashboards"]
     assert told == [
-        "val/episode not drawn, the run goes on: RuntimeError: no font",
-        "test/episode not drawn, the run goes on: RuntimeError: no font",
-        "test/worst_episode not drawn, the run goes on: RuntimeError: no font",
-        "confusions not drawn, the run goes on: OutOfMemoryError: full",
-        "summary not drawn, the run goes on: OSError: disk full",
+        "val/episode not made, the run goes on: RuntimeError: no font",
+        "test/episode not made, the run goes on: RuntimeError: no font",
+        "test/worst_episode not made, the run goes on: RuntimeError: no font",
+        "confusions not made, the run goes on: OutOfMemoryError: full",
+        "summary not made, the run goes on: OSError: disk full",
     ]
     assert (tmp_path / "run" / "results.json").is_file()
     assert (tmp_path / "run" / "figures" / "test_embedding.png").is_file()
+
+
+@pytest.mark.parametrize("during", ["_measure_outside", "_draw"])
+def test_a_process_killed_after_the_test_leaves_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str):
+    """Would catch: what hours of testing measured, written only after minutes of pictures."""
+
+    def killed(self: Dashboard, trainer: Any, learner: Any, split: str = "test") -> None:
+        if split == "test":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Dashboard, during, killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(flags(tmp_path, "ProtoNet", "--wandb", "off"))
+    assert len((tmp_path / "run" / "test_tasks.csv").read_text().splitlines()) > 2
+    assert (tmp_path / "run" / "test_tasks.npz").is_file()
 
 
 def test_nothing_is_written_before_the_run(tmp_path: Path):
