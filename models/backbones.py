@@ -250,19 +250,23 @@ class Learn2Learn(Backbone):
         return self.body(x).flatten(1)
 
 
-class UnitLength(Backbone):
-    """Another backbone's features, scaled to unit length."""
+class Around(Backbone):
+    """What is put around another backbone: it takes the same inputs, and gives as many features."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
         self.input_shape, self.out_features, self.maps = backbone.input_shape, backbone.out_features, backbone.maps
 
+
+class UnitLength(Around):
+    """Another backbone's features, scaled to unit length."""
+
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.backbone(x), dim=-1)
 
 
-class Averaged(Backbone):
+class Averaged(Around):
     """In evaluation, the mean of another backbone's features of an image and of warped copies of it.
 
     In training it is that backbone. The copies are by the same maps for every image, so that no prediction depends on
@@ -277,12 +281,10 @@ class Averaged(Backbone):
     maps_of_copies: Tensor
 
     def __init__(self, backbone: Backbone, copies: int = 8, warp: Warp = Warp()) -> None:
-        super().__init__()
+        super().__init__(backbone)
         at_least(1, copies=copies)
         if len(backbone.input_shape) != 3:
             raise ValueError("Averaged warps images, and its backbone takes none")
-        self.backbone = backbone
-        self.input_shape, self.out_features, self.maps = backbone.input_shape, backbone.out_features, backbone.maps
         of_copies = warp.maps(TaskStreams(0, "test", [0]), copies, *backbone.input_shape[1:])
         self.register_buffer("maps_of_copies", of_copies[0], persistent=False)
 
@@ -295,7 +297,7 @@ class Averaged(Backbone):
         return z / (1 + len(self.maps_of_copies))
 
 
-class Pretrained(Backbone):
+class Pretrained(Around):
     """The backbone of another learner's checkpoint, frozen or as a start.
 
     Frozen it is one function of one image for all tasks: no gradient reaches it, and batch norm is by the running
@@ -309,10 +311,8 @@ class Pretrained(Backbone):
     """
 
     def __init__(self, backbone: Backbone, ckpt_path: str, frozen: bool = True) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         self.ckpt_path, self.frozen = Path(ckpt_path), frozen
-        self.input_shape, self.out_features, self.maps = backbone.input_shape, backbone.out_features, backbone.maps
         self.loaded = False
         self.register_load_state_dict_post_hook(_mark_loaded)
         if frozen:
