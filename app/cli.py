@@ -143,6 +143,9 @@ class MetaboltCLI(LightningCLI):
             help="Weights & Biases; auto is online with an API key and offline without.",
         )
         parser.add_argument("--project", type=str, default="metabolt", help="Weights & Biases project.")
+        parser.add_argument(
+            "--pictures", type=bool, default=True, help="Draw at validations and after the test; false for sweeps."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning where a caller gives the arguments
@@ -206,7 +209,7 @@ class MetaboltCLI(LightningCLI):
 
     def dashboards(self, callbacks: list[pl.Callback]) -> list[Any]:
         """Loggers beyond the CSV file, and the callback that draws for them and for the run directory."""
-        callbacks.append(Dashboard(self.run_dir))
+        callbacks.append(Dashboard(self.run_dir, pictures=self.setting("pictures")))
         config = yaml.safe_load(self.yaml())
         logger = wandb_logger(self.setting("wandb"), self.setting("project"), self.run_dir.name, self.run_dir, config)
         return [] if logger is None else [logger]

@@ -425,10 +425,18 @@ class Dashboard(pl.Callback):
         share: of the training time that pictures at validations may take, on average; the first is always drawn.
         curve_tasks: tasks behind the adaptation curve.
         confusion_tasks: test tasks behind the pictures of confusions, and behind the figures of queries from outside.
+        pictures: otherwise only figures are kept.
     """
 
-    def __init__(self, run_dir: Path, share: float = 0.005, curve_tasks: int = 64, confusion_tasks: int = 600) -> None:
-        self.run_dir, self.share = run_dir, share
+    def __init__(
+        self,
+        run_dir: Path,
+        share: float = 0.005,
+        curve_tasks: int = 64,
+        confusion_tasks: int = 600,
+        pictures: bool = True,
+    ) -> None:
+        self.run_dir, self.share, self.pictures = run_dir, share, pictures
         self.curve_tasks, self.confusion_tasks = curve_tasks, confusion_tasks
         self.seconds = 0.0
         self._started: float | None = None
@@ -486,6 +494,8 @@ class Dashboard(pl.Callback):
             learner.task_figures("test").beside.update(self._outside.figures())
 
     def _draw(self, trainer: Any, learner: MetaLearner, split: str) -> None:
+        if not self.pictures:
+            return
         probe = Probe(learner, trainer.datamodule, split)
         drawn: dict[str, Path] = {}
         with torch.inference_mode(), trainer.precision_plugin.forward_context():

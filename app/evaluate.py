@@ -299,7 +299,8 @@ class EvaluationCLI(FromCheckpoint):
         return folder, self.trained.path
 
     def loggers(self, callbacks: list[pl.Callback]) -> list[Any]:
-        callbacks += [ReadyTasks(self.options.seed), Dashboard(self.run_dir)]  # its pictures and its table of the tasks
+        dashboard = Dashboard(self.run_dir, pictures=self.setting("pictures"))  # for the table of the tasks, too
+        callbacks += [ReadyTasks(self.options.seed), dashboard]
         return []
 
 

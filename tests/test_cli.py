@@ -86,7 +86,8 @@ def test_print_config_runs_again(capsys, tmp_path):
 
 
 def test_a_run_leaves_what_it_promises(capsys, tmp_path):
-    """Catches a missing interval, seed, version or statement of transduction, and a table without the folder."""
+    """Catches a missing interval, seed, version or statement of transduction, a table without the folder, and pictures
+    that nobody wants."""
     main(command("MAML", tmp_path))
     run = tmp_path / "maml"
     results = json.loads((run / "results.json").read_text())
@@ -99,6 +100,8 @@ def test_a_run_leaves_what_it_promises(capsys, tmp_path):
     assert results["seed"] == 0
     assert (run / "checkpoints" / "best.ckpt").is_file()
     assert (run / "config.yaml").is_file()
+    assert (run / "test_tasks.csv").is_file()
+    assert not list(run.rglob("*.png"))
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"step", "tasks_seen", "val/accuracy", "val/accuracy_ci95", "test/accuracy"} <= set(header)
     out = capsys.readouterr().out

@@ -186,11 +186,13 @@ def test_early_stopping_stops(name, tmp_path):
 
 
 @LEARNERS
-def test_evaluates_and_predicts_through_the_same_commands(name, tmp_path):
+def test_evaluates_and_predicts_through_the_same_commands(name, tmp_path, caplog):
     """Catches a checkpoint that gives other figures than its training's test, or in other batches, and a learner that
-    cannot serve other ways and unequal shots than it was trained on."""
-    main(command(name, tmp_path, steps=6))
+    cannot serve other ways and unequal shots than it was trained on; and pictures that fail."""
+    main(command(name, tmp_path, "--pictures", "true", steps=6))
     run = tmp_path / name.lower()
+    assert (run / "results.png").exists() and list((run / "figures").glob("val_*.png"))
+    assert "not made" not in caplog.text
     checkpoint = ["--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--out", str(tmp_path / "out")]
     evaluate([*checkpoint, "--data.init_args.eval_batch_size", "5"])
     first, again = (json.loads((f / "results.json").read_text())["figures"] for f in (run, tmp_path / "out"))

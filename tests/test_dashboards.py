@@ -258,7 +258,7 @@ def test_a_picture_that_fails_costs_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """Would catch: a training that dies of its pictures, or a line at every validation."""
-    monkeypatch.setattr(Dashboard.__init__, "__defaults__", (1e9, 2, 2))  # pictures at both validations
+    monkeypatch.setattr(Dashboard.__init__, "__defaults__", (1e9, 2, 2, True))  # pictures at both validations
     monkeypatch.setattr(figures, "episode", mock.Mock(side_effect=RuntimeError("no\nfont")))
     monkeypatch.setattr(Confusions, "of", mock.Mock(side_effect=torch.cuda.OutOfMemoryError("full")))
     monkeypatch.setattr(Dashboard, "_summarise", mock.Mock(side_effect=OSError("disk full")))

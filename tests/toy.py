@@ -29,7 +29,8 @@ class ToyImages(ImageDataModule):
 BACKBONE = ["--model.backbone", "models.Conv4", "--model.backbone.hidden", "8", "--model.backbone.image_size", "16"]
 DATA = ["--data", "toy.ToyImages", "--data.ways", "3", "--data.queries", "2", "--data.meta_batch_size", "4"]
 SIZES = ["--data.val_tasks", "8", "--data.test_tasks", "12", "--data.eval_batch_size", "4"]
-TRAINER = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--wandb", "off"]
+QUIET = ["--wandb", "off", "--pictures", "false"]  # drawing takes longer than training these
+TRAINER = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *QUIET]
 MAML = ["--model", "models.MAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"]
 ALGORITHMS = {
     "MAML": MAML,
