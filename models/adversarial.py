@@ -148,12 +148,14 @@ class Adversary(nn.Module):
         # Noise that all tasks share: a prediction must not depend on which tasks it is made with.
         rng = None if self.training and self.gan.stochastic else np.random.default_rng(SEED)
         z = self.draw(x.new_zeros(self.gan.fakes or images, self.gan.noise), rng)
-        if self.encoder is None:
-            return self.generator(z), x.new_zeros(())
-        q = self.encoder(x)
-        code = q.mean + q.stddev * self.draw(q.mean, rng)
-        divergence = kl_divergence(q, Normal(0.0, 1.0)).sum()
-        return self.generator(torch.cat([z, code.to(z.dtype).expand(len(z), -1)], -1)), divergence
+        divergence = x.new_zeros(())
+        if self.encoder is not None:
+            q = self.encoder(x)
+            code = q.mean + q.stddev * self.draw(q.mean, rng)
+            divergence = kl_divergence(q, Normal(0.0, 1.0)).sum()
+            z = torch.cat([z, code.to(z.dtype).expand(len(z), -1)], -1)
+        # Autocast leaves images of half precision, which an inner loop in its parameters' precision does not take.
+        return self.generator(z).to(x.dtype), divergence
 
     def discriminator_terms(self, logits: Logits, task: Task, fakes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The terms of L_D on a task's labelled set and unlabelled images, and the logits (Q, N) of that set."""

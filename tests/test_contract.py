@@ -152,15 +152,15 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--trainer.precision", "bf16-mixed"),
+        ("--trainer.precision", "bf16-mixed", "--pictures", "true"),
         ("--trainer.precision", "64-true"),
         ("--trainer.gradient_clip_val", "0.01"),
         ("--trainer.accumulate_grad_batches", "2"),
     ],
 )
-def test_trainer_features_take_effect(name, flags, tmp_path, plain):
-    """Catches a Trainer option that is accepted and ignored: weights must move, and differently; and results of a type
-    that cannot be written."""
+def test_trainer_features_take_effect(name, flags, tmp_path, plain, caplog):
+    """Catches a Trainer option that is accepted and ignored: weights must move, and differently; results of a type
+    that cannot be written, and pictures that autocast breaks."""
     last = f"{name.lower()}/checkpoints/last.ckpt"
     sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5")
     if not (plain / last).exists():
@@ -170,6 +170,7 @@ def test_trainer_features_take_effect(name, flags, tmp_path, plain):
     assert all(torch.isfinite(v).all() for v in b.values())
     assert any(not torch.equal(a[k], b[k]) for k in a)
     assert (tmp_path / name.lower() / "test_tasks.npz").exists()
+    assert "not made" not in caplog.text
 
 
 @LEARNERS
