@@ -36,6 +36,7 @@ from datamodules.base import DataError, EpisodicDataModule
 from models.adversarial import GAN
 from models.backbones import load_pretrained
 from models.base import MetaLearner
+from models.reinforcement import ReinforcementLearner
 
 Stage = Literal["fit", "validate", "test"]
 # Lightning still calls what jsonargparse has deprecated; nothing that a user here could change.
@@ -216,6 +217,17 @@ class MetaboltCLI(LightningCLI):
 
     def _check(self, trainer: pl.Trainer) -> None:
         """Refuse impossible combinations before any work."""
+        if isinstance(self.model, ReinforcementLearner):
+            misfit = self.model.misfit(self.datamodule.environment)
+            if misfit is not None:
+                raise ConfigError(misfit)
+        trainer_settings = self._get(self.config_init, "trainer")
+        own = trainer_settings.get("gradient_clip_val") or (trainer_settings.get("accumulate_grad_batches") or 1) > 1
+        if own and not self.model.automatic_optimization:
+            raise ConfigError(
+                f"{type(self.model).__name__} takes several steps of its own in a meta-update: leave out "
+                "--trainer.gradient_clip_val and accumulate_grad_batches, and clip by --model.init_args.max_grad_norm"
+            )
         if self.setting("stage") == "fit":
             if trainer.max_steps < 0:
                 raise ConfigError(

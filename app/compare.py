@@ -84,7 +84,7 @@ def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
             if of in one.figures and of in other.figures and len(one.figures[of]) == len(other.figures[of]):
                 told[figure] = _numbers(*difference(of, one.figures[of], other.figures[of]))
         differences.append({"learner": name, "minus": other_name, "figures": told})
-    shared = {key: evaluations[0].about[key] for key in SETTINGS}
+    shared = {key: evaluations[0].about.get(key) for key in SETTINGS}
     return {**shared, "learners": learners, "differences": differences}
 
 
@@ -102,6 +102,7 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     ways = f"{content['ways']}-way " if content["ways"] else ""
     shape = f", {ways}{content['shots']}-shot" if content["shots"] else ""
+    shape += f", {content['episodes']} episodes" if content["episodes"] else ""
     over = f"{content['data']}{shape}: the same {content['tasks']:,} meta-test tasks"
     names = list(dict.fromkeys(name for learner in content["learners"] for name in learner["figures"]))
     for key, title, heading in (

@@ -508,15 +508,13 @@ class Dashboard(pl.Callback):
             logger.write(_images(drawn), trainer.global_step)
 
     def _pictures(self, probe: Probe, trainer: pl.Trainer) -> Iterator[tuple[str, Callable[[], Any]]]:
-        if probe.data.kind == "reinforcement":
-            return
-        final = probe.split == "test"
-        metric = probe.learner.task_figures("test")
-        table: dict[str, Tensor] = metric.all_tasks if final else {}
+        final, acts = probe.split == "test", probe.data.kind == "reinforcement"
+        metric = probe.learner.task_figures(probe.split)
+        table: dict[str, Tensor] = metric.all_tasks if final or acts else {}
         values = table.get(probe.figure_name)
         panels: list[Any] = []
         at = "meta-test" if final else f"meta-validation after {probe.learner.tasks_seen:,} tasks"
-        if values is not None:
+        if values is not None and final:
             yield "histogram", partial(figures.histogram, values, probe.figure_name)
             panels.append(("Meta-test tasks", lambda axes: figures.draw_histogram(axes, values, probe.figure_name)))
         if "bins" in table:
@@ -532,7 +530,14 @@ class Dashboard(pl.Callback):
             yield "clusters", partial(figures.clusters, of_families, FAMILIES)
             panels.append(("Clusters of tasks", lambda axes: figures.draw_clusters(axes, of_families, FAMILIES)))
         available = probe.data.test_tasks if final else probe.data.val_tasks
-        curve = self._guarded("adaptation", lambda: probe.adaptation(min(self.curve_tasks, available)))
+        if acts:
+            returns = table["returns"]
+            axis: dict[str, Any] = {"along": "episode of the trial", "first": 1}
+            yield "episodes", partial(figures.adaptation, returns, "return", f"Returns, {at}", **axis)
+            panels.append(("Episodes", lambda axes: figures.draw_adaptation(axes, returns, "return", **axis)))
+        curve = (
+            None if acts else self._guarded("adaptation", partial(probe.adaptation, min(self.curve_tasks, available)))
+        )
         if curve is not None:
             yield "adaptation", partial(figures.adaptation, curve, probe.figure_name, f"Adaptation, {at}")
             panels.append(("Adaptation", lambda axes: figures.draw_adaptation(axes, curve, probe.figure_name)))

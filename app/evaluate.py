@@ -41,13 +41,14 @@ from models.normalization import BatchNormMode
 # What of the training's Trainer concerns the figures; the rest belongs to the machine and the length of that training.
 TRAINER_KEPT = ("precision", "deterministic", "benchmark")
 # What of the training's data another data set takes over: what tasks look like and how many there are.
-DATA_KEPT = ("ways", "shots", "queries", "test_tasks", "eval_batch_size")
+DATA_KEPT = ("ways", "shots", "queries", "episodes", "test_tasks", "eval_batch_size")
 # By what another data set fits its images to the trained network.
 DATA_FROM_BACKBONE = {"size": "image_size", "channels": "in_channels"}
 SHORT = {
     "ways": "data.init_args.ways",
     "shots": "data.init_args.shots",
     "queries": "data.init_args.queries",
+    "episodes": "data.init_args.episodes",
     "tasks": "data.init_args.test_tasks",
     "batch_norm": "model.init_args.batch_norm",
     "inner_steps": "model.init_args.eval_inner_steps",
@@ -421,6 +422,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", type=int, help="Classes per task.")
     parser.add_argument("--shots", type=int, help="Support examples per class.")
     parser.add_argument("--queries", type=int, help="Queries per class.")
+    parser.add_argument("--episodes", type=int, help="Episodes of a trial in an environment.")
     parser.add_argument("--tasks", type=int, help="Number of meta-test tasks.")
     parser.add_argument("--seed", type=int, help="Seed of the tasks; which classes are tested on stays the same.")
     options, keys = parser.split(args)

@@ -244,20 +244,24 @@ def mean_and_half(values: Any) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(0), 1.96 * spread / len(values) ** 0.5
 
 
-def draw_adaptation(axes: Axes, values: Any, figure_name: str) -> None:
-    """Mean over tasks against the inner step, with its 95 % interval.
+def draw_adaptation(
+    axes: Axes, values: Any, figure_name: str, along: str = "inner steps taken", first: int = 0
+) -> None:
+    """Mean over tasks against what they adapt by, with its 95 % interval.
 
     Args:
         axes: to draw on.
-        values: (T, steps + 1), of each task before the first step and after each one.
-        figure_name: "accuracy" or "mse".
+        values: (T, steps + 1), of each task before the first step and after each one; or of each episode.
+        figure_name: "accuracy", "mse", "return".
+        along: what there are several of.
+        first: number of the first of them.
     """
     mean, half = mean_and_half(values)
-    steps = np.arange(len(mean))
+    steps = first + np.arange(len(mean))
     axes.fill_between(steps, mean - half, mean + half, color=MAIN, alpha=0.18, lw=0, label="95 % interval over tasks")
     axes.plot(steps, mean, color=MAIN, marker="o", ms=4.5, label=f"mean of {len(values)} tasks")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("inner steps taken")
+    axes.set_xlabel(along)
     axes.set_ylabel(FIGURE_NAMES.get(figure_name, figure_name))
     if figure_name == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
@@ -265,16 +269,16 @@ def draw_adaptation(axes: Axes, values: Any, figure_name: str) -> None:
     for step, above in ((0, not rises), (len(mean) - 1, rises)):
         text = f"{100 * mean[step]:.1f} %" if figure_name == "accuracy" else f"{mean[step]:.3g}"
         place = {"xytext": (0, 9 if above else -16), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(text, (step, mean[step]), fontsize=8.5, **place)
+        axes.annotate(text, (steps[step], mean[step]), fontsize=8.5, **place)
     axes.margins(x=0.08, y=0.2)
     axes.legend(loc="lower right" if rises else "upper right")
 
 
 @_styled
-def adaptation(values: Any, figure_name: str, title: str = "Adaptation") -> Figure:
+def adaptation(values: Any, figure_name: str, title: str = "Adaptation", **others: Any) -> Figure:
     """The adaptation curve; arguments as ``draw_adaptation``."""
     figure, axes = _single()
-    draw_adaptation(axes, values, figure_name)
+    draw_adaptation(axes, values, figure_name, **others)
     axes.set_title(title)
     return figure
 

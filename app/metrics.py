@@ -14,7 +14,7 @@ from app.predictive import Mixture, Prediction
 ECE_BINS = 15
 LEVELS = 20  # of predictive intervals: 5 %, 10 %, … 100 %
 INTERVAL = 0.95  # the probability of the predictive interval whose coverage and width are told
-HEADLINES = {"classification": ("accuracy", "max"), "regression": ("mse", "min")}
+HEADLINES = {"classification": ("accuracy", "max"), "regression": ("mse", "min"), "reinforcement": ("return", "max")}
 """By kind of task, the figure that selects the best checkpoint, and whether "max" or "min" is better."""
 
 
@@ -115,9 +115,12 @@ POOLED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "bins": ("ece", calibration_error),
     "levels": ("coverage_error", coverage_error),
     "families": ("nmi", mutual_information),
+    "of_optimum": ("normalised_return", lambda sums: sums[..., 0] / sums[..., 1]),
 }
 """What is pooled over the tasks before it makes a figure: by the name of the counts, that figure."""
-LOWER_IS_BETTER = frozenset({"mse", "nll", "loss", "inner_gradient", "reconstruction"})
+CURVES = frozenset({"returns"})
+"""Names of what each task has several of, in order: kept for pictures, and no figure by itself."""
+LOWER_IS_BETTER = frozenset({"regret", "mse", "nll", "loss", "inner_gradient", "reconstruction"})
 """Names whose worst decile is the highest."""
 NEITHER_IS_BETTER = frozenset(
     {
@@ -137,6 +140,8 @@ def aggregate(figures: dict[str, Tensor]) -> dict[str, float]:
     """
     result: dict[str, float] = {}
     for name, values in figures.items():
+        if name in CURVES:
+            continue
         if name in POOLED:
             name, pooled = POOLED[name]
             result[name] = pooled(values.double().sum(0)).item()

@@ -44,7 +44,7 @@ def results(learner: MetaLearner, data: LightningDataModule, facts: dict[str, An
     """
     figures = learner.task_figures("test").everything()
     tasks = int(figures.pop("tasks"))
-    shape = {n: getattr(data, n) for n in ("ways", "shots", "queries") if hasattr(data, n)}
+    shape = {n: getattr(data, n) for n in ("ways", "shots", "queries", "episodes") if hasattr(data, n)}
     return {
         "algorithm": type(learner).__name__,
         "data": type(data).__name__,
@@ -78,6 +78,8 @@ def print_results(content: dict[str, Any], folder: Path, hints: list[str], conso
     what = f"{content['algorithm']} on {content['data']}"
     if "shots" in content:
         what += ", " + (f"{content['ways']}-way " if content.get("ways") else "") + f"{content['shots']}-shot"
+    if "episodes" in content:
+        what += f", {content['episodes']} episodes"
     table = Table(title=f"{what}: {content['tasks']:,} meta-test tasks", title_justify="left")
     for column in ("figure", "mean ± 95 % interval", "worst decile"):
         table.add_column(column, justify="left" if column == "figure" else "right")

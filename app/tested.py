@@ -19,17 +19,18 @@ from torch import Tensor
 from app.metrics import TaskFigures
 from app.run import CHECKPOINTS, TASKS_NPZ, ConfigError, write_atomically
 from datamodules.base import EpisodicDataModule
+from datamodules.episodes import Episodes
 
 # What of the data makes its tasks, and which option of an evaluation changes it.
 SETTINGS = {"data": "--data", "ways": "--ways", "shots": "--shots", "queries": "--queries", "seed": "--seed"}
-SETTINGS |= {"tasks": "--tasks"}
+SETTINGS |= {"episodes": "--episodes", "tasks": "--tasks"}
 # Facts of two tests are the same tasks' where they are this close; sums over a task differ by machine.
 ROUNDING = 1e-5
 
 
 def settings(data: EpisodicDataModule, seed: int | None = None) -> dict[str, Any]:
     """What makes the meta-test tasks; ``seed`` of the tasks, where it is another than the data's."""
-    known = {name: getattr(data, name, None) for name in ("ways", "shots", "queries")}
+    known = {name: getattr(data, name, None) for name in ("ways", "shots", "queries", "episodes")}
     return {"data": type(data).__name__, **known, "seed": data.seed if seed is None else seed, "tasks": data.test_tasks}
 
 
@@ -46,7 +47,8 @@ def about(data: EpisodicDataModule, algorithm: str, metric: TaskFigures) -> dict
     tasks: Any = data.distribution("test")
     names = getattr(tasks, "class_names", None)
     first = tasks.sample([0])
-    images = [t.numpy().tobytes() for t in (first.support_x, first.query_x) if t.dtype == torch.uint8]
+    inputs = (first.support_x, first.query_x) if isinstance(first, Episodes) else ()
+    images = [t.numpy().tobytes() for t in inputs if t.dtype == torch.uint8]
     return {
         "algorithm": algorithm,
         **settings(data, getattr(tasks, "seed", None)),
@@ -116,8 +118,8 @@ def refuse_other_settings(told: Sequence[dict[str, Any]], names: Sequence[str]) 
     """
     for one, name in zip(told[1:], names[1:], strict=True):
         for key, option in SETTINGS.items():
-            if one[key] != told[0][key]:
-                values = f"{told[0][key]} and {one[key]}"
+            if one.get(key) != told[0].get(key):
+                values = f"{told[0].get(key)} and {one.get(key)}"
                 _refuse(names[0], name, f"{key} {values}; evaluate both with the same {option}")
 
 

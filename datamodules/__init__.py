@@ -1,12 +1,16 @@
 """One file per task distribution; each data module is found here by name."""
 
 import app  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
+from datamodules.bandits import Bandits
 from datamodules.base import DataError, EpisodicDataModule
+from datamodules.environments import EnvironmentDataModule
 from datamodules.glyphs import Glyphs
 from datamodules.image_folder import ImageFolder
 from datamodules.images import ImageDataModule
 from datamodules.learn2learn_tasksets import Learn2LearnTasksets
+from datamodules.mdps import TabularMDPs
 from datamodules.mixture import Domain, ImageMixture
+from datamodules.navigation import PointRobot
 from datamodules.omniglot import Omniglot
 from datamodules.regression import FourFamily, HarderSinusoid, Linear, Sinusoid
 
@@ -20,12 +24,17 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HarderSinusoid,
     Linear,
     FourFamily,
+    Bandits,
+    TabularMDPs,
+    PointRobot,
 )
 
 __all__ = [
     "DATA",
+    "Bandits",
     "DataError",
     "Domain",
+    "EnvironmentDataModule",
     "EpisodicDataModule",
     "FourFamily",
     "Glyphs",
@@ -36,5 +45,7 @@ __all__ = [
     "Learn2LearnTasksets",
     "Linear",
     "Omniglot",
+    "PointRobot",
     "Sinusoid",
+    "TabularMDPs",
 ]

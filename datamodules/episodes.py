@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -46,8 +46,44 @@ class Task:
     query_y: Tensor
 
 
+class MetaBatch:
+    """A meta-batch of T tasks, whatever a task is.
+
+    Attributes:
+        index: (T,) int64, each task's number within its split.
+        meta_batch: number of tasks of the whole meta-batch, over all processes.
+        task: what the sampler knows of each task, name to (T, ...).
+    """
+
+    index: Tensor
+    meta_batch: int
+    task: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A copy with ``function`` applied to every tensor."""
+        fields: Any = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]  # each kind is a dataclass
+        changed: dict[str, Any] = {
+            f.name: function(value) for f in fields if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        copied: Any = dataclasses.replace(self, task={k: function(v) for k, v in self.task.items()}, **changed)  # pyright: ignore
+        return copied
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return self.apply(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self.apply(lambda t: t.pin_memory())
+
+    def fingerprint(self) -> Tensor:
+        """A number by which to know each task again, (T,)."""
+        raise NotImplementedError
+
+
 @dataclass
-class Episodes:
+class Episodes(MetaBatch):
     """A meta-batch of T tasks of one shape.
 
     Attributes:
@@ -76,24 +112,6 @@ class Episodes:
     query_rows: Tensor | None = None
     unlabelled_x: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> Episodes:
-        """A copy with ``function`` applied to every tensor."""
-        changed: dict[str, Any] = {
-            f.name: function(value)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, task={k: function(v) for k, v in self.task.items()}, **changed)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Episodes:
-        return self.apply(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Episodes:
-        return self.apply(lambda t: t.pin_memory())
-
     def fingerprint(self) -> Tensor:
         """A number by which to know each task again, (T,).
 
@@ -114,7 +132,7 @@ class Episodes:
 class TaskDistribution(Protocol):
     """A distribution over tasks: episode i of a split is a pure function of (seed, split, i)."""
 
-    def sample(self, indices: Sequence[int]) -> Episodes: ...
+    def sample(self, indices: Sequence[int]) -> MetaBatch: ...
 
 
 class EpisodeDataset(Dataset):
@@ -124,10 +142,11 @@ class EpisodeDataset(Dataset):
         self.distribution = distribution
         self.meta_batch = meta_batch
 
-    def __getitems__(self, indices: list[int]) -> Episodes:
-        return dataclasses.replace(self.distribution.sample(indices), meta_batch=self.meta_batch)
+    def __getitems__(self, indices: list[int]) -> MetaBatch:
+        batch: Any = self.distribution.sample(indices)
+        return dataclasses.replace(batch, meta_batch=self.meta_batch)
 
-    def __getitem__(self, index: int) -> Episodes:
+    def __getitem__(self, index: int) -> MetaBatch:
         return self.__getitems__([index])
 
 
@@ -186,7 +205,7 @@ def _as_is(batch: Any) -> Any:
 def episode_loader(
     distribution: TaskDistribution, sampler: Sampler[list[int]], meta_batch: int, workers: int, pin_memory: bool
 ) -> DataLoader:
-    """A DataLoader whose batches are Episodes."""
+    """A DataLoader whose batches are what the distribution samples."""
     return DataLoader(
         EpisodeDataset(distribution, meta_batch),
         batch_sampler=sampler,

@@ -28,12 +28,16 @@ class TaskStreams:
         seed: the data seed of the run, any integer.
         split: "train", "val" or "test".
         indices: the episodes' numbers, (T,), each >= 0.
+        more: further numbers that tell streams of the same episodes apart, each >= 0 and the same for all or (T,).
     """
 
-    def __init__(self, seed: int, split: str, indices: Sequence[int] | np.ndarray) -> None:
+    def __init__(
+        self, seed: int, split: str, indices: Sequence[int] | np.ndarray, *more: int | Sequence[int] | np.ndarray
+    ) -> None:
         index = np.asarray(indices, dtype=np.uint64)
         key = np.zeros(1, np.uint64)
-        for word in (np.uint64(seed & (2**64 - 1)), np.uint64(SPLITS.index(split)), index):
+        further = (np.asarray(word, dtype=np.uint64) for word in more)
+        for word in (np.uint64(seed & (2**64 - 1)), np.uint64(SPLITS.index(split)), index, *further):
             key = _mix((key ^ word) + _GOLDEN)
         self._key = np.broadcast_to(key, index.shape)
         self._drawn = 0

@@ -16,8 +16,10 @@ from models.meta_sgd import MetaSGD
 from models.metagan import MetaGAN, MetaGANRelation
 from models.nearest import NearestNeighbour
 from models.protonet import ProtoNet
+from models.reinforcement import ReinforcementLearner
 from models.relation import RelationNet
 from models.reptile import Reptile
+from models.rl2 import RL2
 from models.snail import SNAIL
 from models.weight_generator import WeightGenerator
 
@@ -40,6 +42,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NearestNeighbour,
     LEO,
     WeightGenerator,
+    RL2,
 )
 
 __all__ = [
@@ -52,6 +55,7 @@ __all__ = [
     "LEO",
     "MAML",
     "MLP",
+    "RL2",
     "SNAIL",
     "Averaged",
     "Baseline",
@@ -66,6 +70,7 @@ __all__ = [
     "NearestNeighbour",
     "Pretrained",
     "ProtoNet",
+    "ReinforcementLearner",
     "RelationNet",
     "Reptile",
     "ResNet",

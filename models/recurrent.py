@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +55,8 @@ class GRUCell(nn.Module):
 
     Args:
         inputs, hidden: sizes.
+        activation: of what is new.
+        weight_norm: weights are directions and lengths, a length for each row (Salimans and Kingma, NeurIPS 2016).
     """
 
     weight_ih: Tensor
@@ -60,16 +64,34 @@ class GRUCell(nn.Module):
     bias_ih: Tensor
     bias_hh: Tensor
 
-    def __init__(self, inputs: int, hidden: int) -> None:
+    def __init__(
+        self, inputs: int, hidden: int, activation: Literal["tanh", "relu"] = "tanh", weight_norm: bool = False
+    ) -> None:
         super().__init__()
         like = nn.GRU(inputs, hidden)
         self.weight_ih, self.weight_hh = like.weight_ih_l0, like.weight_hh_l0
         self.bias_ih, self.bias_hh = like.bias_ih_l0, like.bias_hh_l0
+        self.activation = getattr(torch, activation)
+        if weight_norm:
+            for name in ("weight_ih", "weight_hh"):
+                nn.utils.parametrizations.weight_norm(self, name)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        """The next state (hidden,) from an input (inputs,) and the state (hidden,)."""
-        reset_x, update_x, new_x = F.linear(x, self.weight_ih, self.bias_ih).chunk(3, -1)
-        reset_h, update_h, new_h = F.linear(h, self.weight_hh, self.bias_hh).chunk(3, -1)
+        """The next state (…, hidden) from an input (…, inputs) and the state (…, hidden)."""
+        return self._step(F.linear(x, self.weight_ih, self.bias_ih), h, self.weight_hh)
+
+    def run(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """States (steps, N, hidden) along sequences (steps, N, inputs), from a state (N, hidden) or from zeros."""
+        projected, weight_hh, states = F.linear(x, self.weight_ih, self.bias_ih), self.weight_hh, []
+        h = projected.new_zeros(x.shape[1], weight_hh.shape[1]) if h is None else h
+        for step in projected:
+            h = self._step(step, h, weight_hh)
+            states.append(h)
+        return torch.stack(states)
+
+    def _step(self, projected: Tensor, h: Tensor, weight_hh: Tensor) -> Tensor:
+        reset_x, update_x, new_x = projected.chunk(3, -1)
+        reset_h, update_h, new_h = F.linear(h, weight_hh, self.bias_hh).chunk(3, -1)
         update = torch.sigmoid(update_x + update_h)
-        new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+        new = self.activation(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
         return new + update * (h - new)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from app.metrics import HEADLINES
 from datamodules.images import ImageClasses, ImageDataModule
 
 FIRST = {"train": 0, "val": 100, "test": 200}
@@ -87,6 +88,15 @@ ALGORITHMS = {
         *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
     ],
 }
+BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
+# Learners of reinforcement learning, each with its environments.
+AGENTS = {
+    "RL2": [
+        *("--model", "models.RL2", "--model.observations", "0", "--model.actions", "3", "--model.hidden", "6"),
+        *("--model.epochs", "2", "--model.minibatches", "2", *BANDITS),
+    ],
+}
+LEARNERS = ALGORITHMS | AGENTS
 # For comparisons of runs that draw differently: flags that make what a learner draws at random vanish, and statistics
 # other than a first step's running ones, by which all classes may tie.
 NOISELESS = {
@@ -95,6 +105,7 @@ NOISELESS = {
         *("--model.hyperprior_weight", "0"),
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
+    "RL2": ["--model.minibatches", "1"],
     "MetaGAN": ["--model.gan.stochastic", "false"],
     "MetaGANRelation": ["--model.gan.stochastic", "false"],
     "WeightGenerator": ["--model.stochastic", "false", "--model.batch_norm", "transductive"],
@@ -102,16 +113,21 @@ NOISELESS = {
 
 
 def command(algorithm: str, runs: Path, *flags: str, steps: int = 12) -> list[str]:
-    """Arguments of train.py: so many meta-updates on ToyImages, validated twice."""
+    """Arguments of train.py: so many meta-updates on toy tasks, validated twice."""
     return [
-        *DATA,
+        *([] if algorithm in AGENTS else DATA),
+        *LEARNERS[algorithm],
         *SIZES,
-        *ALGORITHMS[algorithm],
         *TRAINER,
         *("--runs", str(runs), "--name", algorithm.lower()),
         *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", "6", "--checkpoint_every", "2"),
         *flags,
     ]
+
+
+def headline(algorithm: str) -> str:
+    """The figure that a learner's checkpoints are chosen by."""
+    return HEADLINES["reinforcement" if algorithm in AGENTS else "classification"][0]
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,198 @@
+"""RL²: a recurrent policy whose state, through a trial, is what it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.base import at_least
+from datamodules.environments import Environment, Environments, Facts
+from models.base import Paper
+from models.policies import (
+    ActionHead,
+    Actions,
+    clipped_objective,
+    draws_per_action,
+    generalized_advantages,
+    single,
+)
+from models.recurrent import GRUCell
+from models.reinforcement import ReinforcementLearner, Seen, Trial, run_trial
+
+
+class Rollout(NamedTuple):
+    """What a meta-update learns from: inputs (steps, N, …), actions, and their distributions when they were taken."""
+
+    inputs: Tensor
+    action: Tensor
+    old: Actions
+    advantage: Tensor
+    value_target: Tensor
+
+    def of(self, rows: Tensor) -> Rollout:
+        """Of some of the N trials, whole."""
+        old = type(self.old)(*(part[:, rows] for part in self.old))
+        parts = (self.inputs, self.action, self.advantage, self.value_target)
+        inputs, action, advantage, target = (part[:, rows] for part in parts)
+        return Rollout(inputs, action, old, advantage, target)
+
+
+class RecurrentAgent:
+    """Acts by a recurrent policy, whose state lasts through the trial."""
+
+    def __init__(self, learner: RL2, greedy: bool = False) -> None:
+        self.learner, self.greedy = learner, greedy
+        assert learner.actions is not None
+        self.draws = draws_per_action(learner.actions, learner.discrete)
+
+    def begin(self, environment: Environment, task: Facts) -> Tensor:
+        like = self.learner.policy.bias_hh
+        return like.new_zeros(len(next(iter(task.values()))), like.shape[0] // 3)
+
+    def act(self, memory: Tensor, seen: Seen, draws: Tensor) -> tuple[Tensor, Tensor, Any]:
+        inputs = self.learner.inputs(seen)
+        memory = self.learner.policy(inputs, memory.to(inputs))
+        choice = self.learner.head(memory)
+        return memory, choice.mode() if self.greedy else choice.sample(draws), choice
+
+
+class RL2(ReinforcementLearner):
+    """A policy sees its previous action, reward and whether the episode ended, and keeps its state between episodes.
+
+    So what it does in later episodes of a trial can depend on what it met in the earlier ones: the state is reset with
+    the task alone. Trained by proximal policy optimisation of the return of whole trials, with a value network that
+    is recurrent likewise.
+
+    Args:
+        observations, actions, discrete: of the environments.
+        hidden: units of the gated recurrent networks, of policy and value.
+        activation, weight_norm: of these, see GRUCell; the paper has relu, with weight normalisation.
+        discount: γ, over the whole trial.
+        decay: λ of the advantages; 1 on bandits, 0.3 on tabular MDPs.
+        clip: of the ratio of probabilities.
+        kl_limit: further epochs on the same trials end when the policy is further from the one that acted, nats.
+        epochs, minibatches: passes over the trials of a meta-update, and parts that each is made in.
+        entropy: weight of the policy's entropy in what is maximised.
+        max_grad_norm: of policy and value together; None leaves gradients as they are.
+        greedy: the likeliest action in evaluation, not one drawn.
+        **others: see ReinforcementLearner.
+    """
+
+    paper = Paper(
+        "Duan, Schulman, Chen, Bartlett, Sutskever and Abbeel",
+        "RL²: Fast Reinforcement Learning via Slow Reinforcement Learning",
+        "arXiv",
+        2016,
+        "https://arxiv.org/abs/1611.02779",
+    )
+
+    def __init__(
+        self,
+        observations: int,
+        actions: int,
+        discrete: bool = True,
+        hidden: int = 128,
+        activation: Literal["tanh", "relu"] = "tanh",
+        weight_norm: bool = False,
+        discount: float = 0.99,
+        decay: float = 1.0,
+        clip: float = 0.2,
+        kl_limit: float = 0.01,
+        epochs: int = 5,
+        minibatches: int = 4,
+        entropy: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        greedy: bool = False,
+        **others: Any,
+    ) -> None:
+        super().__init__(observations, actions, discrete, **others)
+        at_least(1, hidden=hidden, epochs=epochs, minibatches=minibatches)
+        self.automatic_optimization = False  # several updates on the same trials
+        self.discount, self.decay, self.clip, self.kl_limit = discount, decay, clip, kl_limit
+        self.epochs, self.minibatches, self.entropy = epochs, minibatches, entropy
+        self.max_grad_norm, self.greedy = max_grad_norm, greedy
+        inputs = observations + actions + 2
+        self.policy = GRUCell(inputs, hidden, activation, weight_norm)
+        self.head = ActionHead(hidden, actions, discrete)
+        self.critic = GRUCell(inputs, hidden, activation, weight_norm)
+        self.value = nn.Linear(hidden, 1)
+
+    def inputs(self, seen: Seen) -> Tensor:
+        """What the networks take, (…, observations + actions + 2)."""
+        return torch.cat([seen.observation, seen.action, seen.reward[..., None], seen.done[..., None]], -1)
+
+    def agent(self) -> RecurrentAgent:
+        return RecurrentAgent(self, self.greedy and not self.training)
+
+    def values(self, inputs: Tensor) -> Tensor:
+        """Of the states along trials, (steps, N), in units of what a reward of 1 at each step comes to."""
+        return single(self.value(self.critic.run(inputs)).squeeze(-1))
+
+    def rollout(self, trial: Trial) -> Rollout:
+        """What is learned from a trial, (steps, N, …); advantages are not yet normalised."""
+        inputs = self.inputs(trial.seen)
+        unit = sum(self.discount**t for t in range(len(trial.reward)))
+        values = unit * self.values(inputs)
+        advantages = generalized_advantages(trial.reward, values, self.discount, self.decay)
+        return Rollout(inputs, trial.action, trial.told, advantages, (advantages + values) / unit)
+
+    def training_step(self, batch: Environments, batch_idx: int) -> None:
+        optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
+        with torch.no_grad():
+            trial = run_trial(batch, self.agent())
+            rollout = self.rollout(trial)
+            rollout = rollout._replace(advantage=self._normalised(rollout.advantage, batch.meta_batch))
+        kl, updates = 0.0, 0
+        for part, last in self._parts(rollout, len(batch)):
+            share = part.action.shape[1] * self.minibatches / batch.meta_batch * self.trainer.world_size
+            loss, kl_of_part = self.losses(part)
+            optimizer.zero_grad()
+            self.manual_backward(share * loss)
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)
+            kl, updates = kl + share * kl_of_part.detach(), updates + 1
+            further = updates % self.minibatches == 0 and self._mean(kl) / self.minibatches > self.kl_limit
+            if last or further:
+                break
+            optimizer.step()
+            kl = 0.0 if updates % self.minibatches == 0 else kl
+        self.optimizers().step()  # pyright: ignore  # counts: a meta-update, however many steps it took
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()  # pyright: ignore
+        with torch.no_grad():
+            figures = self.trial_figures(batch, trial)
+            figures["entropy"] = trial.told.entropy().mean(0)
+            self.task_figures("train").update(batch.index, figures)
+
+    def losses(self, part: Rollout) -> tuple[Tensor, Tensor]:
+        """What is minimised, and the divergence of the policy from the one that acted, nats: scalars."""
+        now = self.head(self.policy.run(part.inputs))
+        log_ratio = now.log_prob(part.action) - part.old.log_prob(part.action)
+        gain = clipped_objective(log_ratio, part.advantage, self.clip).mean() + self.entropy * now.entropy().mean()
+        loss = F.mse_loss(self.values(part.inputs), part.value_target) - gain
+        return loss, part.old.kl(now).mean()  # pyright: ignore[reportArgumentType]
+
+    def _parts(self, rollout: Rollout, trials: int) -> Iterator[tuple[Rollout, bool]]:
+        """The trials of each update, and whether it is the last."""
+        for epoch in range(self.epochs):
+            order = torch.randperm(trials).to(rollout.inputs.device)
+            for k, rows in enumerate(order.tensor_split(self.minibatches)):
+                yield rollout.of(rows), epoch == self.epochs - 1 and k == self.minibatches - 1
+
+    def _normalised(self, advantage: Tensor, meta_batch: int) -> Tensor:
+        """With mean 0 and deviation 1 over all steps of all processes."""
+        count = meta_batch * len(advantage)
+        mean = self._sum(advantage.sum()) / count
+        deviation = (self._sum((advantage - mean).square().sum()) / count).sqrt()
+        return (advantage - mean) / (deviation + 1e-8)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        several = self.trainer.world_size > 1
+        return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="sum")) if several else value
+
+    def _mean(self, value: Any) -> float:
+        return float(self._sum(torch.as_tensor(value))) / self.trainer.world_size
