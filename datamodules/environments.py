@@ -17,6 +17,12 @@ from datamodules.streams import TaskStreams
 Facts = dict[str, Tensor]
 
 
+def normal(draws: Tensor) -> Tensor:
+    """Standard normal numbers from uniform ones in [0, 1), float64."""
+    # Uniform numbers are multiples of 2^-53: 0 is one, and 1 - 2^-53 must not be rounded to 1.
+    return torch.special.ndtri(draws.double().clamp(min=2.0**-54))
+
+
 class Step(NamedTuple):
     """What an action led to, for each of N environments.
 

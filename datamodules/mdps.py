@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.base import at_least
-from datamodules.environments import Environment, EnvironmentDataModule, Facts, Step
+from datamodules.environments import Environment, EnvironmentDataModule, Facts, Step, normal
 from datamodules.streams import TaskStreams
 
 
@@ -42,7 +42,7 @@ class TabularMDP(Environment):
 
     def step(self, task: Facts, state: Tensor, action: Tensor, draws: Tensor) -> Step:
         row = torch.arange(len(state), device=state.device)
-        reward = task["rewards"][row, state, action] + torch.special.ndtri(draws[:, 1]).to(task["rewards"].dtype)
+        reward = task["rewards"][row, state, action] + normal(draws[:, 1]).to(task["rewards"].dtype)
         cumulated = task["transitions"][row, state, action].double().cumsum(1)
         following = (draws[:, :1] >= cumulated / cumulated[:, -1:]).sum(1)
         return Step(following, reward, reward)

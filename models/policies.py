@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datamodules.environments import normal
+
 
 class Categorical(NamedTuple):
     """Over discrete actions, by logits (…, actions)."""
@@ -69,12 +71,6 @@ Actions = Categorical | Gaussian
 def single(x: Tensor) -> Tensor:
     """At least in single precision, whatever autocast made of it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def normal(draws: Tensor) -> Tensor:
-    """Standard normal numbers from uniform ones in [0, 1), float64."""
-    # Uniform numbers are multiples of 2^-53 and may be 0.
-    return torch.special.ndtri(draws.double() + 2.0**-54)
 
 
 def draws_per_action(actions: int, discrete: bool) -> int:
