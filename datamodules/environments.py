@@ -143,7 +143,7 @@ class EnvironmentTasks:
         index = np.asarray(indices, np.int64)
         if self.tasks is None:
             return self._environments(index, self.facts(index))
-        number = TaskStreams(self.seed, self.split, index).integers(self.tasks)
+        number = TaskStreams(self.seed, self.split, index, 0).integers(self.tasks)
         return self._environments(index, self.facts(number) | {"number": torch.from_numpy(number)})
 
     def facts(self, numbers: np.ndarray) -> Facts:
