@@ -82,7 +82,11 @@ class Environment:
 
     def describe(self, task: Facts) -> Tensor:
         """What tells the tasks apart as numbers, (N, facts)."""
-        return torch.cat([value.flatten(1).float() for name, value in task.items() if name != "number"], 1)
+        return torch.cat([value.reshape(len(value), -1).float() for n, value in task.items() if n != "number"], 1)
+
+    def shared(self) -> tuple[float, ...]:
+        """Numbers, none below 0, of what all tasks share and what returns are not comparable without."""
+        return (self.horizon,)
 
     def seen(self, task: Facts, state: Any) -> Tensor:
         """What the agent sees, (N, seen_size)."""
@@ -122,7 +126,11 @@ class Environments(MetaBatch):
         return torch.from_numpy(rng.uniform(0.0, 1.0, *shape)).to(self.index.device)
 
     def fingerprint(self) -> Tensor:
-        return self.environment.describe(self.task).double().square().sum(1)
+        # Other than a plain sum of squares it depends on the order, and is not 1 wherever goals are on a circle.
+        facts = self.environment.describe(self.task).double()
+        shared = torch.tensor(self.environment.shared()).to(facts).log1p()
+        numbers = torch.cat([facts, shared.expand(len(facts), -1)], 1)
+        return (numbers + 1).square() @ torch.arange(1, numbers.shape[1] + 1).to(facts).sqrt()
 
 
 class EnvironmentTasks:

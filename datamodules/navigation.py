@@ -57,6 +57,9 @@ class SparseNavigation(DenseNavigation):
         super().__init__(horizon)
         self.radius = radius
 
+    def shared(self) -> tuple[float, ...]:
+        return self.horizon, self.radius
+
     def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
         angle = rng.uniform(0.0, math.pi)
         return {"goal": np.stack([np.cos(angle), np.sin(angle)], -1)}
