@@ -1,11 +1,13 @@
-"""The LSTM cell against torch's own."""
+"""The recurrent cells against torch's own, and restatements where torch has none."""
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from models.recurrent import LSTMCell
+from models.recurrent import GRUCell, LSTMCell
 
 
 def pair(inputs=3, hidden=4) -> tuple[LSTMCell, nn.LSTM]:
@@ -39,9 +41,9 @@ def test_a_step_is_that_of_torchs_cell_where_more_is_fed_back():
     torch.testing.assert_close(ours(ours.project(x), fed_back, memory), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_starts_as_torchs():
+@pytest.mark.parametrize("cell", [LSTMCell(64, 100), GRUCell(64, 100)], ids=["LSTM", "GRU"])
+def test_starts_as_torchs(cell):
     """Catches another range of the first weights."""
-    cell = LSTMCell(64, 100)
     values = torch.cat([p.flatten() for p in cell.parameters()])
     assert 0.0999 < values.abs().max() <= 0.1
     assert abs(values.mean()) < 1e-3
@@ -53,3 +55,79 @@ def test_right_under_vmap_and_twice_differentiable():
     x = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(torch.vmap(ours.run)(x), torch.stack([ours.run(s) for s in x]))
     assert torch.autograd.gradgradcheck(torch.vmap(ours.run), (x,))
+
+
+def gru(hidden: int = 4, **settings) -> GRUCell:
+    torch.manual_seed(2)
+    return GRUCell(3, hidden, **settings).double()
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_run_is_that_of_torchs_gru(start):
+    """Catches gates in another order, a reset that is applied before the matrix, a state that is mixed the other way
+    round, and sequences that do not start from the state given, or from zeros."""
+    ours, theirs = gru(), nn.GRU(3, 4).double()
+    theirs.load_state_dict({f"{name}_l0": value for name, value in ours.state_dict().items()})
+    x, h = torch.randn(7, 5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64) if start else None
+    expected, _ = theirs(x, None if h is None else h[None])
+    torch.testing.assert_close(ours.run(x, h), expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(7, 5, 4, dtype=torch.float64)
+    (ours.run(x, h) * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, getattr(theirs, f"{name}_l0").grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation": "relu"}, {"weight_norm": True}])
+def test_a_run_is_its_steps(settings):
+    """Catches an agent, which goes step by step, that is not the network that learns, which goes along the trial."""
+    cell = gru(**settings)
+    x, h = torch.randn(6, 5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    states, now = [], h
+    for step in x:
+        now = cell(step, now)
+        states.append(now)
+    torch.testing.assert_close(cell.run(x, h), torch.stack(states), rtol=1e-13, atol=1e-13)
+
+
+def test_relu_and_weight_normalisation_as_written_out():
+    """Catches lengths of columns or of whole matrices, an activation of the gates too, or one matrix that is not."""
+    cell = gru(activation="relu", weight_norm=True)
+    parts = {name: value.numpy() for name, value in cell.state_dict().items()}
+    with torch.no_grad():  # lengths other than those that the directions have
+        for parameter in cell.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    matrices = {}
+    for name in ("weight_ih", "weight_hh"):
+        length, direction = (parts[f"parametrizations.{name}.original{k}"] for k in (0, 1))
+        assert length.shape == (12, 1)
+        matrices[name] = length * direction / np.sqrt((direction**2).sum(1, keepdims=True))
+    x = torch.randn(6, 5, 3, dtype=torch.float64)
+    got = cell.run(x).detach().numpy()
+    for n in range(5):
+        h = np.zeros(4)
+        for t in range(6):
+            from_x = matrices["weight_ih"] @ x[t, n].numpy() + parts["bias_ih"]
+            from_h = matrices["weight_hh"] @ h + parts["bias_hh"]
+            reset, update = (1 / (1 + np.exp(-(from_x + from_h)[4 * k : 4 * k + 4])) for k in (0, 1))
+            new = np.maximum(0, from_x[8:] + reset * from_h[8:])
+            h = (1 - update) * new + update * h
+            np.testing.assert_allclose(got[t, n], h, rtol=1e-10, atol=1e-12)
+
+
+def test_weight_normalisation_changes_nothing_at_first():
+    """Catches lengths that do not start as those of the weights: the paper normalises, and initialises as without."""
+    torch.manual_seed(5)
+    plain = GRUCell(3, 4)
+    torch.manual_seed(5)
+    normalised = GRUCell(3, 4, weight_norm=True)
+    x = torch.randn(6, 5, 3)
+    torch.testing.assert_close(plain.run(x), normalised.run(x))
+
+
+def test_a_gru_is_right_under_vmap_and_twice_differentiable():
+    """Catches a kernel without a rule for either: gradients of gradients of several trials at once."""
+    cell = gru()
+    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(torch.vmap(cell.run)(x), torch.stack([cell.run(s) for s in x]))
+    assert torch.autograd.gradgradcheck(torch.vmap(cell.run), (x[:, :2, :1].detach().requires_grad_(),))

@@ -178,3 +178,39 @@ def test_choice_takes_a_limit_for_every_row():
         assert chi_square_is_plausible(off_diagonal, size * (size - 1))
     for size in (2, 3, 4):
         assert chi_square_is_plausible(drawn[n[:, 2] == size, 2], size)
+
+
+def test_further_words_are_streams_of_their_own():
+    """Would catch starts, moves and choices of one task drawn from the same numbers, or from those of another task:
+    further words that are ignored, added up, or taken in any order."""
+    indices = np.arange(300)
+    keys = [(), *((k,) for k in range(6)), *itertools.product(range(3), range(3))]
+    words = [TaskStreams(0, split, indices, *more).bits(5) for split in SPLITS for more in keys]
+    assert len(np.unique(np.concatenate(words))) == 3 * len(keys) * 300 * 5
+
+
+def test_a_further_word_may_differ_by_task():
+    """Would catch the first task's word used for all, and a stream that depends on the words of the others."""
+    by_task = TaskStreams(3, "val", [7, 7, 9], [0, 4, 4]).uniform(0.0, 1.0, 4)
+    for k, (index, word) in enumerate(((7, 0), (7, 4), (9, 4))):
+        assert np.array_equal(by_task[k], TaskStreams(3, "val", [index], word).uniform(0.0, 1.0, 4)[0])
+
+
+def test_streams_of_further_words_are_uniform_and_uncorrelated():
+    """Would catch a derived key that leaves a trace: the streams of a task's purposes, and of neighbouring tasks."""
+    u = np.stack(
+        [TaskStreams(0, "train", np.arange(TASKS), *more).uniform() for more in ((), (0,), (1,), (2,), (1, 0))]
+    )
+    for values in u:
+        assert ks_uniform(values) < KS_LIMIT
+    shifted = np.concatenate([u[:, :-1], u[:, 1:]])
+    assert np.abs(np.corrcoef(shifted) - np.eye(10)).max() < 4.5 / math.sqrt(TASKS)
+
+
+def test_further_words_stay_what_they_are():
+    """Would catch a change of their derivation, which would give every user other environments' chance."""
+    key = 0
+    for word in (5, SPLITS.index("test"), 12, 3, 8):
+        key = mix(((key ^ word) + 0x9E3779B97F4A7C15) & MASK)
+    expected = [mix((key + n * 0x9E3779B97F4A7C15) & MASK) for n in (1, 2)]
+    assert TaskStreams(5, "test", [12], 3, 8).bits(2).tolist() == [expected]
