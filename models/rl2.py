@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.run import ConfigError
 from datamodules.base import at_least
 from datamodules.environments import Environment, Environments, Facts
 from models.base import Paper
@@ -139,6 +140,14 @@ class RL2(ReinforcementLearner):
         values = unit * self.values(inputs)
         advantages = generalized_advantages(trial.reward, values, self.discount, self.decay)
         return Rollout(inputs, trial.action, trial.told, advantages, (advantages + values) / unit)
+
+    def on_fit_start(self) -> None:
+        processes, trials = self.trainer.world_size, cast(Any, self.trainer).datamodule.meta_batch_size
+        if trials // processes < self.minibatches:
+            raise ConfigError(
+                f"minibatches is {self.minibatches} but a process has {trials // processes} trials of a meta-update: "
+                f"give --data.init_args.meta_batch_size {self.minibatches * processes} or more, or fewer minibatches"
+            )
 
     def training_step(self, batch: Environments, batch_idx: int) -> None:
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
