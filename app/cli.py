@@ -228,6 +228,11 @@ class MetaboltCLI(LightningCLI):
                 f"{type(self.model).__name__} takes several steps of its own in a meta-update: leave out "
                 "--trainer.gradient_clip_val and accumulate_grad_batches, and clip by --model.init_args.max_grad_norm"
             )
+        if str(trainer_settings.get("precision")) in ("16", "16-mixed") and not self.model.automatic_optimization:
+            raise ConfigError(
+                f"{type(self.model).__name__} takes several steps of its own in a meta-update, which the scaling of "
+                "gradients in half precision does not reach: give --trainer.precision bf16-mixed"
+            )
         if self.setting("stage") == "fit":
             if trainer.max_steps < 0:
                 raise ConfigError(
