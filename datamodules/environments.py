@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -110,6 +110,7 @@ class Environments(MetaBatch):
         episodes: of a trial.
         meta_batch: number of tasks of the whole meta-batch, over all processes.
         task: what tells the tasks apart, name to (T, …); "number" where there are finitely many.
+        replica: (T,) int64, tells environments of one task apart; None where each task has one.
     """
 
     environment: Environment
@@ -119,11 +120,19 @@ class Environments(MetaBatch):
     episodes: int
     meta_batch: int = 0
     task: Facts = field(default_factory=dict)
+    replica: Tensor | None = None
 
     def draws(self, *shape: int, purpose: int = 1) -> Tensor:
-        """Uniform numbers in [0, 1), (T, *shape) float64: a function of (seed, split, index, purpose) alone."""
-        rng = TaskStreams(self.seed, self.split, self.index.cpu().numpy(), purpose)
+        """Uniform numbers in [0, 1), (T, *shape) float64, by (seed, split, index, purpose, replica) alone."""
+        replica = () if self.replica is None else (self.replica.cpu().numpy(),)
+        rng = TaskStreams(self.seed, self.split, self.index.cpu().numpy(), purpose, *replica)
         return torch.from_numpy(rng.uniform(0.0, 1.0, *shape)).to(self.index.device)
+
+    def repeated(self, times: int) -> Environments:
+        """Every environment so many times, (T times,), one task's after another's, each with chance of its own."""
+        replica = torch.arange(times, device=self.index.device).repeat(len(self))
+        task = {name: value.repeat_interleave(times, 0) for name, value in self.task.items()}
+        return replace(self, index=self.index.repeat_interleave(times), task=task, replica=replica)
 
     def fingerprint(self) -> Tensor:
         # Other than a plain sum of squares it depends on the order, and is not 1 wherever goals are on a circle.

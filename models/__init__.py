@@ -11,6 +11,7 @@ from models.hsml import HSML
 from models.imaml import IMAML
 from models.leo import LEO
 from models.maml import MAML
+from models.maml_policy import MAMLPolicy
 from models.matching import MatchingNet
 from models.meta_sgd import MetaSGD
 from models.metagan import MetaGAN, MetaGANRelation
@@ -43,6 +44,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     LEO,
     WeightGenerator,
     RL2,
+    MAMLPolicy,
 )
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "Conv2",
     "Conv4",
     "Learn2Learn",
+    "MAMLPolicy",
     "MatchingNet",
     "MetaGAN",
     "MetaGANRelation",

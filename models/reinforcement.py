@@ -147,9 +147,11 @@ class ReinforcementLearner(MetaLearner):
 
     def trial_figures(self, batch: Environments, trial: Trial) -> dict[str, Tensor]:
         """Figures of each task: its returns, and how they compare with the best policy's where that is known."""
-        episodes = len(trial.reward) // batch.environment.horizon
-        returns = trial.returns(episodes)
-        total = returns.sum(1)
+        return self.return_figures(batch, trial.returns(len(trial.reward) // batch.environment.horizon))
+
+    def return_figures(self, batch: Environments, returns: Tensor) -> dict[str, Tensor]:
+        """Figures of each task, from the returns of its episodes in order, (T, episodes)."""
+        episodes, total = returns.shape[1], returns.sum(1)
         figures = {"return": total, "first_episode": returns[:, 0], "last_episode": returns[:, -1], "returns": returns}
         optimum = batch.environment.optimum(batch.task)
         if optimum is not None:

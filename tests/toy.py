@@ -95,6 +95,12 @@ AGENTS = {
         *("--model", "models.RL2", "--model.observations", "0", "--model.actions", "3", "--model.hidden", "6"),
         *("--model.epochs", "2", "--model.minibatches", "2", *BANDITS),
     ],
+    "MAMLPolicy": [
+        *("--model", "models.MAMLPolicy", "--model.observations", "3", "--model.actions", "2", "--model.hidden", "[6]"),
+        *("--model.rollouts", "4", "--model.epochs", "2", "--model.sampling_correction", "true"),
+        *("--data", "datamodules.TabularMDPs", "--data.states", "3", "--data.actions", "2", "--data.horizon", "3"),
+        *("--data.episodes", "2", "--data.meta_batch_size", "8"),
+    ],
 }
 LEARNERS = ALGORITHMS | AGENTS
 # For comparisons of runs that draw differently: flags that make what a learner draws at random vanish, and statistics
