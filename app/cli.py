@@ -166,7 +166,7 @@ class MetaboltCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             root: BaseException = error  # the parser wraps what a constructor says in an account of all it tried
-            while isinstance(root.__cause__, (ValueError, MisconfigurationException)):
+            while isinstance(root.__cause__, (ValueError, MisconfigurationException, DataError)):
                 root = root.__cause__
             raise ConfigError(" ".join(str(root).split())) from error
 

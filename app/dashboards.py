@@ -27,7 +27,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from app import figures
+from app import figures, video
 from app.metrics import FINGERPRINT, HEADLINES, INTERVAL, interval
 from app.outside import Outside
 from app.predictive import Mixture
@@ -463,6 +463,7 @@ class Dashboard(pl.Callback):
             self._guarded("queries from outside", lambda: self._measure_outside(trainer, pl_module))
             self._guarded("table of the tasks", lambda: self._keep_tasks(trainer, pl_module))
             self._guarded("pictures", lambda: self._draw(trainer, pl_module, "test"))
+            self._guarded("video", lambda: self._film(trainer, pl_module))
             self._guarded("summary", lambda: self._summarise(trainer, pl_module))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -506,6 +507,20 @@ class Dashboard(pl.Callback):
                         drawn[f"{split}/{name}"] = path
         for logger in _runs(trainer):
             logger.write(_images(drawn), trainer.global_step)
+
+    def _film(self, trainer: Any, learner: MetaLearner) -> None:
+        """The evaluation on test task 0, where environments can be rendered."""
+        if not self.pictures or trainer.datamodule.kind != "reinforcement":
+            return
+        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            filmed = video.film(learner, Probe(learner, trainer.datamodule, "test").sample([0])[1])  # pyright: ignore
+        if filmed is not None:
+            path = self.run_dir / FIGURES / "test_video.gif"
+            video.save(*filmed, path)
+            for logger in _runs(trainer):
+                import wandb
+
+                logger.write({"test/video": wandb.Video(str(path), format="gif")}, trainer.global_step)
 
     def _pictures(self, probe: Probe, trainer: pl.Trainer) -> Iterator[tuple[str, Callable[[], Any]]]:
         final, acts = probe.split == "test", probe.data.kind == "reinforcement"

@@ -5,6 +5,8 @@ from datamodules.bandits import Bandits
 from datamodules.base import DataError, EpisodicDataModule
 from datamodules.environments import EnvironmentDataModule
 from datamodules.glyphs import Glyphs
+from datamodules.gymnasium_tasks import GymnasiumTasks
+from datamodules.half_cheetah import HalfCheetahDirection, HalfCheetahVelocity
 from datamodules.image_folder import ImageFolder
 from datamodules.images import ImageDataModule
 from datamodules.learn2learn_tasksets import Learn2LearnTasksets
@@ -27,6 +29,9 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     Bandits,
     TabularMDPs,
     PointRobot,
+    GymnasiumTasks,
+    HalfCheetahVelocity,
+    HalfCheetahDirection,
 )
 
 __all__ = [
@@ -38,6 +43,9 @@ __all__ = [
     "EpisodicDataModule",
     "FourFamily",
     "Glyphs",
+    "GymnasiumTasks",
+    "HalfCheetahDirection",
+    "HalfCheetahVelocity",
     "HarderSinusoid",
     "ImageDataModule",
     "ImageFolder",
