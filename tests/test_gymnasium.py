@@ -18,6 +18,7 @@ import pytest
 import torch
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from PIL import Image
+from test_resume import ROOT, start, wait_for_step
 from toy import weights
 
 import datamodules
@@ -342,6 +343,44 @@ def test_batches_sampled_in_other_processes_train_the_same(tmp_path):
         main([*flags, "--runs", workers, "--data.workers", workers])
     one, other = (weights(Path(w, "run/checkpoints/last.ckpt")) for w in ("0", "1"))
     assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+DDP = ["--model.minibatches", "1", "--trainer.precision", "64-true", "--pictures", "false"]
+
+
+@pytest.mark.slow
+def test_two_processes_with_two_of_their_own_train_as_one(tmp_path):
+    """Catches sub-environments that are carried into another process, where they neither work nor close."""
+    flags = [*CHEETAH, "--data.horizon", "4", *SMALL, *DDP, "--trainer.max_steps", "2"]
+    main([*flags, "--runs", "one"])
+    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.processes", "2"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags, "--runs", "two", *two],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, both = (weights(Path(r, "run/checkpoints/last.ckpt")) for r in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, both[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_and_its_processes(tmp_path):
+    """Catches children that inherit how the run takes a signal, and so outlive it or keep it from ending."""
+    flags = [*CHEETAH, "--data.horizon", "50", *SMALL, "--trainer.max_steps", "100000", "--data.processes", "2"]
+    flags += ["--trainer.val_check_interval", "100000", "--pictures", "false"]
+    process = start(*flags, "--runs", str(tmp_path / "runs"))
+    wait_for_step(tmp_path / "runs/run/checkpoints/last.ckpt", 3, process)
+    listed = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+    children = [int(pid) for pid in listed.stdout.split()]
+    assert len(children) >= 2
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.parametrize("absent", ["gymnasium", "mujoco"])
