@@ -59,7 +59,7 @@ def valid_names(parser: LightningArgumentParser) -> list[str]:
         *(models.Pretrained, models.UnitLength, models.Averaged),
     ]
     for prefix, classes in (
-        ("model.init_args.", models.ALGORITHMS),
+        ("model.init_args.", models.ALGORITHMS + models.STRATEGIES),
         ("data.init_args.", datamodules.DATA),
         ("model.init_args.backbone.init_args.", backbones),
         ("model.init_args.gan.", [GAN]),
@@ -154,10 +154,15 @@ class MetaboltCLI(LightningCLI):
     def setting(self, name: str) -> Any:
         return self._get(self.config_init, name)
 
+    @property
+    def learns(self) -> bool:
+        """Whether there are parameters, be they frozen."""
+        return any(True for _ in self.model.parameters())
+
     def yaml(self) -> str:
         """The complete configuration, which runs again as it is."""
         config = self.config.clone()
-        for key in ("config", "ckpt_path", "stage"):
+        for key in ("config", "ckpt_path", *(["stage"] if self.learns else [])):
             config.pop(key, None)
         return self.parser.dump(config, skip_none=False)
 
@@ -234,6 +239,8 @@ class MetaboltCLI(LightningCLI):
                 "gradients in half precision does not reach: give --trainer.precision bf16-mixed"
             )
         if self.setting("stage") == "fit":
+            if not self.learns:
+                raise ConfigError(f"{type(self.model).__name__} has nothing to train: evaluate it, with --stage test")
             if trainer.max_steps < 0:
                 raise ConfigError(
                     "the stream of tasks has no end: give --trainer.max_steps, the number of meta-updates"
@@ -266,7 +273,7 @@ class RunFiles(pl.Callback):
         self.config = cli.yaml()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero and stage == "fit" and not trainer.fast_dev_run:
+        if trainer.is_global_zero and (stage == "fit" or not self.cli.learns) and not trainer.fast_dev_run:
             first = self.cli.run_dir / "config.yaml"
             path, n = first, 0
             while path.exists():
@@ -342,7 +349,8 @@ def _trained(cli: MetaboltCLI) -> Path | None:
     best = cli.run_dir / CHECKPOINTS / "best.ckpt"
     if best.is_file():
         return best
-    rank_zero_info("no checkpoint: the learner is as it was initialised")
+    if cli.learns:
+        rank_zero_info("no checkpoint: the learner is as it was initialised")
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,12 @@ class TabularMDP(Environment):
         return plan(task["transitions"], task["rewards"], self.horizon)[0][:, 0, 0]
 
 
-def plan(transitions: Tensor, rewards: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+def plan(transitions: Tensor | Callable[[Tensor], Tensor], rewards: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
     """Value iteration for episodes of so many steps.
 
     Args:
-        transitions: (N, S, A, S).
+        transitions: (N, S, A, S); or what is expected of the next state's value after each action, (N, S, A), from the
+            values of the states, (N, S).
         rewards: mean rewards (N, S, A); or (N, horizon, S, A), where they differ by step.
         horizon: H.
 
@@ -65,7 +67,11 @@ def plan(transitions: Tensor, rewards: Tensor, horizon: int) -> tuple[Tensor, Te
     of_step = rewards if rewards.dim() == 4 else rewards[:, None].expand(-1, horizon, -1, -1)
     values, of_actions = [torch.zeros_like(rewards[..., 0] if rewards.dim() == 3 else rewards[:, 0, :, 0])], []
     for h in reversed(range(horizon)):
-        of_actions.append(of_step[:, h] + torch.einsum("nsat,nt->nsa", transitions, values[-1]))
+        if callable(transitions):
+            following = transitions(values[-1])
+        else:
+            following = torch.einsum("nsat,nt->nsa", transitions, values[-1])
+        of_actions.append(of_step[:, h] + following)
         values.append(of_actions[-1].amax(-1))
     return torch.stack(values[::-1], 1), torch.stack(of_actions[::-1], 1)
 

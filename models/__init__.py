@@ -4,6 +4,7 @@ import app  # noqa: F401  (prepares torchvision and memory before torchmetrics i
 from models.abml import ABML
 from models.anil import ANIL
 from models.backbones import MLP, Averaged, Conv2, Conv4, Learn2Learn, Pretrained, ResNet, UnitLength
+from models.bandit_strategies import BanditStrategy
 from models.base import MetaLearner
 from models.baseline import Baseline
 from models.bmaml import BMAML
@@ -13,6 +14,7 @@ from models.leo import LEO
 from models.maml import MAML
 from models.maml_policy import MAMLPolicy
 from models.matching import MatchingNet
+from models.mdp_strategies import MDPStrategy
 from models.meta_sgd import MetaSGD
 from models.metagan import MetaGAN, MetaGANRelation
 from models.nearest import NearestNeighbour
@@ -46,6 +48,8 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     RL2,
     MAMLPolicy,
 )
+# Learners without parameters, which are evaluated and not trained.
+STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
 
 __all__ = [
     "ABML",
@@ -59,12 +63,15 @@ __all__ = [
     "MLP",
     "RL2",
     "SNAIL",
+    "STRATEGIES",
     "Averaged",
+    "BanditStrategy",
     "Baseline",
     "Conv2",
     "Conv4",
     "Learn2Learn",
     "MAMLPolicy",
+    "MDPStrategy",
     "MatchingNet",
     "MetaGAN",
     "MetaGANRelation",

@@ -103,6 +103,17 @@ AGENTS = {
     ],
 }
 LEARNERS = ALGORITHMS | AGENTS
+# What has nothing to train.
+STRATEGIES = {
+    "BanditStrategy": [
+        *("--model", "models.BanditStrategy", "--model.actions", "3", "--model.strategy", "thompson", *BANDITS),
+    ],
+    "MDPStrategy": [
+        *("--model", "models.MDPStrategy", "--model.observations", "4", "--model.actions", "3"),
+        *("--model.strategy", "psrl", "--data", "datamodules.TabularMDPs", "--data.states", "4", "--data.actions", "3"),
+        *("--data.horizon", "3", "--data.episodes", "4"),
+    ],
+}
 # For comparisons of runs that draw differently: flags that make what a learner draws at random vanish, and statistics
 # other than a first step's running ones, by which all classes may tie.
 NOISELESS = {
@@ -129,6 +140,12 @@ def command(algorithm: str, runs: Path, *flags: str, steps: int = 12) -> list[st
         *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", "6", "--checkpoint_every", "2"),
         *flags,
     ]
+
+
+def evaluation(strategy: str, runs: Path, *flags: str) -> list[str]:
+    """Arguments of train.py: a test of what has nothing to train."""
+    place = ("--runs", str(runs), "--name", strategy.lower(), "--stage", "test")
+    return [*STRATEGIES[strategy], *SIZES, *TRAINER, *place, *flags]
 
 
 def headline(algorithm: str) -> str:
