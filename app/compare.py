@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from app import figures
+from app import figures, figures_rl
 from app.cli import one_line_errors
+from app.dashboards_rl import optimum_of
 from app.metrics import POOLED, aggregate, interval, resampled
 from app.progress import headline_text
 from app.run import EVALUATIONS, ConfigError, slug, write_atomically
@@ -134,6 +135,17 @@ def as_csv(content: dict[str, Any]) -> str:
     return text.getvalue()
 
 
+def returns(evaluations: Sequence[Evaluation]) -> tuple[list[tuple[str, Tensor]], Tensor | None] | None:
+    """Of tests in environments, the name of each and its returns (T, E), and what the best policy gets, (T,), if known.
+
+    None where no test was in environments.
+    """
+    named = zip(labels([e.folder for e in evaluations]), evaluations, strict=True)
+    held = [(name, e.figures) for name, e in named if "returns" in e.figures]
+    known = [optimum for _, table in held if (optimum := optimum_of(table)) is not None]
+    return ([(name, table["returns"]) for name, table in held], known[0] if known else None) if held else None
+
+
 def place(folders: Sequence[Path]) -> Path:
     """Where a comparison is left: beside the runs, or in the one that all are of."""
     base = Path(os.path.commonpath([_run_of(folder) for folder in folders]))
@@ -141,7 +153,7 @@ def place(folders: Sequence[Path]) -> Path:
 
 
 def leave(evaluations: Sequence[Evaluation], out: Path, command: str) -> None:
-    """Compare, print, and write comparison.json, .csv and .png.
+    """Compare, print, and write comparison.json, .csv and .png; of trials in environments returns.png, too.
 
     Raises:
         ConfigError: other tasks, or a folder that cannot be written.
@@ -154,9 +166,13 @@ def leave(evaluations: Sequence[Evaluation], out: Path, command: str) -> None:
         write_atomically(out / "comparison.csv", as_csv(content))
         over = f"{content['data']}, the same {content['tasks']:,} meta-test tasks"
         figures.save(figures.comparison(content["learners"], content["differences"], over), out / "comparison.png")
+        written = "comparison.json, .csv, .png"
+        if (along := returns(evaluations)) is not None:
+            figures.save(figures_rl.returns_of_several(*along, over), out / "returns.png")
+            written += ", returns.png"
     except OSError as error:
         raise ConfigError(f"cannot write into {out} ({error.strerror}): give another --out") from error
-    Console().print(f"written: {out}/comparison.json, .csv, .png", highlight=False, soft_wrap=True)
+    Console().print(f"written: {out}/{written}", highlight=False, soft_wrap=True)
 
 
 def main(args: Sequence[str] | None = None) -> None:

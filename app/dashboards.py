@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from app import figures, video
+from app.dashboards_rl import TrialPictures
 from app.metrics import FINGERPRINT, HEADLINES, INTERVAL, interval
 from app.outside import Outside
 from app.predictive import Mixture
@@ -546,10 +547,9 @@ class Dashboard(pl.Callback):
             panels.append(("Clusters of tasks", lambda axes: figures.draw_clusters(axes, of_families, FAMILIES)))
         available = probe.data.test_tasks if final else probe.data.val_tasks
         if acts:
-            returns = table["returns"]
-            axis: dict[str, Any] = {"along": "episode of the trial", "first": 1}
-            yield "episodes", partial(figures.adaptation, returns, "return", f"Returns, {at}", **axis)
-            panels.append(("Episodes", lambda axes: figures.draw_adaptation(axes, returns, "return", **axis)))
+            pictures = TrialPictures(probe, table, at, self._guarded)
+            yield from pictures.all()
+            panels += pictures.panels
         curve = (
             None if acts else self._guarded("adaptation", partial(probe.adaptation, min(self.curve_tasks, available)))
         )
@@ -655,8 +655,9 @@ def _images(drawn: dict[str, Path]) -> dict[str, Any]:
 def _title(probe: Probe, table: dict[str, Tensor]) -> str:
     data: Any = probe.data
     shape = f", {data.ways}-way {data.shots}-shot" if getattr(data, "ways", 0) else ""
+    shape += f", trials of {data.episodes} episodes" if data.kind == "reinforcement" else ""
     result = headline_text(probe.figure_name, *interval(table[probe.figure_name]))
-    unit = "" if probe.figure_name == "accuracy" else f" {probe.figure_name.upper()}"
+    unit = {"accuracy": "", "mse": " MSE"}.get(probe.figure_name, f" {probe.figure_name}")
     what = f"{type(probe.learner).__name__} on {type(data).__name__}{shape}"
     return f"{what}:{unit} {result} over {len(table['index']):,} meta-test tasks"
 

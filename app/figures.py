@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
+from app.metrics import LOWER_IS_BETTER
 from app.progress import SHARES, headline_text
 from app.run import write_atomically
 
@@ -62,16 +63,19 @@ Panel = tuple[str, Callable[[Axes], None]]
 """A title and what draws on the axes below it."""
 
 
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Makes its figure in this style, which it leaves no trace of."""
+
     @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return styled
+    return inside
 
 
-def _single(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
+def single(width: float = 5.6, height: float = 3.6) -> tuple[Figure, Axes]:
+    """A figure of one picture; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -172,7 +176,7 @@ def draw_episode(
     axes.text(left, -0.2 * height, "queries, confidence below", fontsize=small, color=MUTED)
 
 
-@_styled
+@styled
 def episode(
     support_x: Any, support_y: Any, query_x: Any, query_y: Any, probabilities: Any, names: Sequence[str], title: str
 ) -> Figure:
@@ -182,7 +186,7 @@ def episode(
     queries = min(max(np.bincount(np.asarray(query_y))), QUERIES)
     shots = min(max(np.bincount(np.asarray(support_y))), SHOTS)
     margin = 0.4 + (0.075 * max(len(shorten(n)) for n in names[:ways]) if names else 0)
-    figure, axes = _single(margin + 0.58 * (shots + queries + 0.7), 0.75 + 0.72 * ways)
+    figure, axes = single(margin + 0.58 * (shots + queries + 0.7), 0.75 + 0.72 * ways)
     draw_episode(axes, support_x, support_y, query_x, query_y, probabilities, names)
     right = int((np.asarray(probabilities).argmax(-1) == np.asarray(query_y)).sum())
     shown = "" if ways == offered else f" (the first {ways} of {offered} classes)"
@@ -190,7 +194,7 @@ def episode(
     return figure
 
 
-@_styled
+@styled
 def generated(tasks: Sequence[tuple[Any, Any]], title: str) -> Figure:
     """A row for each task: images of its support set, then those that were generated for it.
 
@@ -210,7 +214,7 @@ def generated(tasks: Sequence[tuple[Any, Any]], title: str) -> Figure:
             for k, image in enumerate(images):
                 x = start + k * (width + pad)
                 canvas[y : y + height, x : x + width] = image
-    figure, axes = _single(0.3 + 0.58 * (shots + fakes + 0.5), 0.8 + 0.58 * len(rows))
+    figure, axes = single(0.3 + 0.58 * (shots + fakes + 0.5), 0.8 + 0.58 * len(rows))
     axes.imshow(canvas, interpolation="nearest")
     axes.set_axis_off()
     axes.text(0, -0.2 * height, "support", fontsize=9, color=MUTED)
@@ -234,6 +238,11 @@ FIGURE_NAMES = {
     "inside_entropy": "entropy, classes of the task (nats)",
     "outside_entropy": "entropy, other classes (nats)",
     "outside_auroc": "AUROC of other classes",
+    "return": "return over the trial",
+    "first_episode": "return of the first episode",
+    "last_episode": "return of the last episode",
+    "regret": "regret over the trial",
+    "normalised_return": "return as a share of the best policy's",
 }
 
 
@@ -244,24 +253,20 @@ def mean_and_half(values: Any) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(0), 1.96 * spread / len(values) ** 0.5
 
 
-def draw_adaptation(
-    axes: Axes, values: Any, figure_name: str, along: str = "inner steps taken", first: int = 0
-) -> None:
-    """Mean over tasks against what they adapt by, with its 95 % interval.
+def draw_adaptation(axes: Axes, values: Any, figure_name: str) -> None:
+    """Mean over tasks against the inner step, with its 95 % interval.
 
     Args:
         axes: to draw on.
-        values: (T, steps + 1), of each task before the first step and after each one; or of each episode.
-        figure_name: "accuracy", "mse", "return".
-        along: what there are several of.
-        first: number of the first of them.
+        values: (T, steps + 1), of each task before the first step and after each one.
+        figure_name: "accuracy" or "mse".
     """
     mean, half = mean_and_half(values)
-    steps = first + np.arange(len(mean))
+    steps = np.arange(len(mean))
     axes.fill_between(steps, mean - half, mean + half, color=MAIN, alpha=0.18, lw=0, label="95 % interval over tasks")
     axes.plot(steps, mean, color=MAIN, marker="o", ms=4.5, label=f"mean of {len(values)} tasks")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(along)
+    axes.set_xlabel("inner steps taken")
     axes.set_ylabel(FIGURE_NAMES.get(figure_name, figure_name))
     if figure_name == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
@@ -269,16 +274,16 @@ def draw_adaptation(
     for step, above in ((0, not rises), (len(mean) - 1, rises)):
         text = f"{100 * mean[step]:.1f} %" if figure_name == "accuracy" else f"{mean[step]:.3g}"
         place = {"xytext": (0, 9 if above else -16), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(text, (steps[step], mean[step]), fontsize=8.5, **place)
+        axes.annotate(text, (step, mean[step]), fontsize=8.5, **place)
     axes.margins(x=0.08, y=0.2)
     axes.legend(loc="lower right" if rises else "upper right")
 
 
-@_styled
-def adaptation(values: Any, figure_name: str, title: str = "Adaptation", **others: Any) -> Figure:
+@styled
+def adaptation(values: Any, figure_name: str, title: str = "Adaptation") -> Figure:
     """The adaptation curve; arguments as ``draw_adaptation``."""
-    figure, axes = _single()
-    draw_adaptation(axes, values, figure_name, **others)
+    figure, axes = single()
+    draw_adaptation(axes, values, figure_name)
     axes.set_title(title)
     return figure
 
@@ -319,7 +324,7 @@ def _state_name(step: int) -> str:
     return "before adaptation" if step == 0 else f"after step {step}"
 
 
-@_styled
+@styled
 def fits(
     grid: Any, truth: Any | None, support_x: Any, support_y: Any, predictions: Any, title: str = "Regression tasks"
 ) -> Figure:
@@ -338,7 +343,7 @@ def fits(
     return figure
 
 
-@_styled
+@styled
 def predictive_fits(
     grid: Any,
     truth: Any | None,
@@ -389,7 +394,22 @@ def _label_fits(figure: Figure, panels: np.ndarray, title: str) -> None:
 # Classes ------------------------------------------------------------------------------------------------------------
 
 
-@_styled
+def principal(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first two principal components of points (N, features), (N, 2), and what share of the variance each has."""
+    away = points - points.mean(0)
+    _, singular, directions = np.linalg.svd(away, full_matrices=False)
+    share = singular**2 / max(float((singular**2).sum()), 1e-12)
+    flat = away @ directions[:2].T
+    lacking = 2 - flat.shape[1]  # one feature, or one point
+    return np.pad(flat, [(0, 0), (0, lacking)]), np.pad(share, (0, lacking))[:2]
+
+
+def component_names(share: np.ndarray) -> tuple[str, str]:
+    """Labels of the axes of two principal components."""
+    return f"1st component ({share[0]:.0%} of variance)", f"2nd component ({share[1]:.0%} of variance)"
+
+
+@styled
 def embedding(query_z: Any, query_y: Any, support_z: Any, support_y: Any, names: Sequence[str], title: str) -> Figure:
     """The first two principal components of one task's embeddings, with the prototype of each class.
 
@@ -401,27 +421,25 @@ def embedding(query_z: Any, query_y: Any, support_z: Any, support_y: Any, names:
     """
     query_z, support_z = np.asarray(query_z, np.float64), np.asarray(support_z, np.float64)
     query_y, support_y = np.asarray(query_y), np.asarray(support_y)
-    everything = np.concatenate([query_z, support_z])
-    centre = everything.mean(0)
-    _, singular, directions = np.linalg.svd(everything - centre, full_matrices=False)
-    share = singular**2 / max(float((singular**2).sum()), 1e-12)
-    flat_query, flat_support = ((z - centre) @ directions[:2].T for z in (query_z, support_z))
-    figure, axes = _single(6.2, 4.2)
+    flat, share = principal(np.concatenate([query_z, support_z]))
+    flat_query, flat_support = flat[: len(query_z)], flat[len(query_z) :]
+    figure, axes = single(6.2, 4.2)
     for label in range(min(len(names), len(CLASSES))):
         queries, colour = flat_query[query_y == label], CLASSES[label]
         prototype = flat_support[support_y == label].mean(0)
         axes.scatter(*queries.T, s=26, color=colour, alpha=0.75, lw=0, label=shorten(names[label]))
         axes.scatter(*prototype, s=190, marker="*", color=colour, ec="white", lw=1.2, zorder=4)
     axes.scatter([], [], s=130, marker="*", color=MUTED, label="prototype")
-    axes.set_xlabel(f"1st component ({share[0]:.0%} of variance)")
-    axes.set_ylabel(f"2nd component ({share[1] if len(share) > 1 else 0:.0%} of variance)")
+    x, y = component_names(share)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.set_title(title)
     axes.set_aspect("equal", adjustable="datalim")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
-@_styled
+@styled
 def confusion(wrong: Any, asked: Any, names: Sequence[str], title: str) -> Figure:
     """Which classes, or groups of classes, are taken for which.
 
@@ -438,7 +456,7 @@ def confusion(wrong: Any, asked: Any, names: Sequence[str], title: str) -> Figur
     rate = np.where(asked > 0, wrong / np.maximum(asked, 1), np.nan)
     size, known = len(names), rate[asked > 0]
     cell, letters = (0.3, 8.0) if size <= 24 else (0.16, 6.5)
-    figure, axes = _single(2.8 + cell * max(size, 8), 1.7 + cell * max(size, 8))
+    figure, axes = single(2.8 + cell * max(size, 8), 1.7 + cell * max(size, 8))
     axes.set_facecolor(LINE)
     top = max(float(known.max()) if len(known) else 0.0, 1e-3)
     image = axes.imshow(rate, cmap=SHADES, vmin=0, vmax=top)
@@ -461,7 +479,7 @@ def confusion(wrong: Any, asked: Any, names: Sequence[str], title: str) -> Figur
     return figure
 
 
-@_styled
+@styled
 def confused_pairs(pairs: Sequence[tuple[str, str, Any, Any, int, int]], title: str) -> Figure:
     """The pairs of classes that are taken for one another most, with an image of each.
 
@@ -500,21 +518,22 @@ def draw_histogram(axes: Axes, values: Any, figure_name: str) -> None:
     Args:
         axes: to draw on.
         values: of each task, (T,).
-        figure_name: "accuracy", or a figure whose high values are the bad ones.
+        figure_name: "accuracy", "mse", "return".
     """
     values = np.sort(np.asarray(values, np.float64))
     values = values[np.isfinite(values)]
-    accuracy = figure_name == "accuracy"
+    low_is_worse = figure_name not in LOWER_IS_BETTER
     tenth = max(1, len(values) // 10)
-    worst = values[:tenth] if accuracy else values[-tenth:]
+    worst = values[:tenth] if low_is_worse else values[-tenth:]
     mean, half = mean_and_half(values)
-    if accuracy:
-        # Accuracies are multiples of 1 / queries: edges between them, a whole number of them to a bar.
+    if low_is_worse:
+        # Accuracies are multiples of 1 / queries, some returns whole: edges between, a whole number to a bar.
         gaps = np.diff(np.unique(values.round(6)))
         step = float(gaps.min()) if len(gaps) else 0.05
         step *= max(1, math.ceil((values[-1] - values[0]) / step / 40))
         edges: Any = values[-1] + step / 2 - step * np.arange(math.ceil((values[-1] - values[0]) / step) + 2)[::-1]
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        if figure_name == "accuracy":
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     elif values[0] > 0 and values[-1] > 30 * np.median(values):
         edges = np.geomspace(values[0], values[-1] * 1.001, 41)
         axes.set_xscale("log")
@@ -531,7 +550,7 @@ def draw_histogram(axes: Axes, values: Any, figure_name: str) -> None:
     axes.set_xlabel(f"{FIGURE_NAMES.get(figure_name, figure_name)} of a task")
     axes.set_ylabel("tasks")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.legend(loc="upper left" if accuracy else "upper right")
+    axes.legend(loc="upper left" if low_is_worse else "upper right")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.25)  # room for the legend
 
 
@@ -539,10 +558,10 @@ def _text(value: float, figure_name: str) -> str:
     return f"{100 * value:.2f} %" if figure_name == "accuracy" else f"{value:.3g}"
 
 
-@_styled
+@styled
 def histogram(values: Any, figure_name: str, title: str = "Meta-test tasks") -> Figure:
     """Tasks by their figure; arguments as ``draw_histogram``."""
-    figure, axes = _single()
+    figure, axes = single()
     draw_histogram(axes, values, figure_name)
     axes.set_title(title)
     return figure
@@ -578,10 +597,10 @@ def draw_reliability(axes: Axes, bins: Any) -> None:
     _shares(axes, "confidence of the prediction", "accuracy")
 
 
-@_styled
+@styled
 def reliability(bins: Any, title: str = "Calibration") -> Figure:
     """The reliability diagram; arguments as ``draw_reliability``."""
-    figure, axes = _single(4.6, 4.2)
+    figure, axes = single(4.6, 4.2)
     draw_reliability(axes, bins)
     axes.set_title(title)
     return figure
@@ -609,10 +628,10 @@ def draw_clusters(axes: Axes, table: Any, names: Sequence[str]) -> None:
     axes.set_xlabel("most probable cluster")
 
 
-@_styled
+@styled
 def clusters(table: Any, names: Sequence[str], title: str = "Clusters of tasks") -> Figure:
     """The families of tasks by cluster; arguments as ``draw_clusters``."""
-    figure, axes = _single()
+    figure, axes = single()
     draw_clusters(axes, table, names)
     axes.set_title(title)
     return figure
@@ -637,10 +656,10 @@ def draw_coverage(axes: Axes, levels: Any) -> None:
     _shares(axes, "probability of the predictive interval", "targets in it")
 
 
-@_styled
+@styled
 def coverage(levels: Any, title: str = "Calibration") -> Figure:
     """The reliability diagram of predictive intervals; arguments as ``draw_coverage``."""
-    figure, axes = _single(4.6, 4.2)
+    figure, axes = single(4.6, 4.2)
     draw_coverage(axes, levels)
     axes.set_title(title)
     return figure
@@ -671,10 +690,10 @@ def auroc_text(mean: float, half: float) -> str:
     return f"Queries of other classes: AUROC {mean:.3f} ± {half:.3f}"
 
 
-@_styled
+@styled
 def outside(inside: Any, outside: Any, ways: int, auroc: float, half: float, over: str) -> Figure:
     """Entropies of queries inside and outside; arguments as ``draw_outside``, and the AUROC within a task."""
-    figure, axes = _single(5.6, 3.8)
+    figure, axes = single(5.6, 3.8)
     draw_outside(axes, inside, outside, ways)
     axes.set_title(f"{auroc_text(auroc, half)}, {over}")
     return figure
@@ -699,7 +718,8 @@ def draw_training(axes: Axes, points: Any, figure_name: str) -> None:
     half = np.nan_to_num(half)
     axes.fill_between(seen, mean - half, mean + half, color=MAIN, alpha=0.18, lw=0, label="95 % interval over tasks")
     axes.plot(seen, mean, color=MAIN, marker="o" if len(seen) < 40 else "", ms=4, label="meta-validation")
-    best = int(mean.argmax() if figure_name == "accuracy" else mean.argmin())
+    rises = figure_name not in LOWER_IS_BETTER
+    best = int(mean.argmax() if rises else mean.argmin())
     text = f"best {_text(float(mean[best]), figure_name)}"
     axes.plot(seen[best], mean[best], "o", color=ACCENT, ms=6, mec="white", label=text, zorder=5)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -707,21 +727,21 @@ def draw_training(axes: Axes, points: Any, figure_name: str) -> None:
     axes.set_ylabel(FIGURE_NAMES.get(figure_name, figure_name))
     if figure_name == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    else:
+    elif not rises:
         axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right" if figure_name == "accuracy" else "upper right")
+    axes.legend(loc="lower right" if rises else "upper right")
 
 
-@_styled
+@styled
 def training(points: Any, figure_name: str, title: str = "Meta-training") -> Figure:
     """The training curve; arguments as ``draw_training``."""
-    figure, axes = _single()
+    figure, axes = single()
     draw_training(axes, points, figure_name)
     axes.set_title(title)
     return figure
 
 
-@_styled
+@styled
 def results(panels: Sequence[Panel], episode: Callable[[Axes], None] | None, title: str) -> Figure:
     """A run at a glance.
 
@@ -749,7 +769,7 @@ def results(panels: Sequence[Panel], episode: Callable[[Axes], None] | None, tit
     return figure
 
 
-@_styled
+@styled
 def comparison(learners: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], over: str) -> Figure:
     """Figures of several learners and paired differences, each with its 95 % interval; a row for each figure.
 

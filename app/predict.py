@@ -276,7 +276,8 @@ def build(trained: Trained, options: argparse.Namespace, keys: Sequence[str]) ->
     if not isinstance(data, ImageDataModule):
         name = type(data).__name__
         raise ConfigError(
-            f"{trained.path} was trained on {name}, not on pictures: give a checkpoint that classifies them"
+            f"{trained.path} was trained on {name}, not on pictures: give a checkpoint that classifies them "
+            "(python -m app.evaluate tests this one)"
         )
     if learner.transductive:
         rank_zero_info("all queries are predicted together: a prediction depends on the other queries")

@@ -18,7 +18,7 @@ class TaskProgress(ProgressBar):
     """A live bar on a terminal; elsewhere a line every ``quiet_seconds``.
 
     Args:
-        headline: the figure shown, "accuracy" or "mse".
+        headline: the figure shown, "accuracy", "mse" or "return".
         quiet_seconds: seconds between lines where the output is not a terminal.
     """
 
@@ -95,7 +95,8 @@ class TaskProgress(ProgressBar):
         value = trainer.callback_metrics.get(f"val/{self.headline}")
         if value is not None and trainer.state.fn == "fit":
             half = float(trainer.callback_metrics[f"val/{self.headline}_ci95"])
-            self._note = f"val {headline_text(self.headline, float(value), half)}"
+            name = "" if self.headline in SHARES else f"{self.headline} "
+            self._note = f"val {name}{headline_text(self.headline, float(value), half)}"
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._enabled and self.bar is None:
