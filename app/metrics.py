@@ -126,6 +126,7 @@ NEITHER_IS_BETTER = frozenset(
     {
         *("coverage", "width", "inside_entropy", "outside_entropy", "assignment_entropy"),
         *("real_loss", "fake_loss", "generator_loss", "kl"),
+        *("q_loss", "v_loss", "policy_loss"),
     }
 )
 """Names without a worst decile."""

@@ -18,6 +18,7 @@ from models.mdp_strategies import MDPStrategy
 from models.meta_sgd import MetaSGD
 from models.metagan import MetaGAN, MetaGANRelation
 from models.nearest import NearestNeighbour
+from models.pearl import PEARL
 from models.protonet import ProtoNet
 from models.reinforcement import ReinforcementLearner
 from models.relation import RelationNet
@@ -47,6 +48,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     WeightGenerator,
     RL2,
     MAMLPolicy,
+    PEARL,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
@@ -61,6 +63,7 @@ __all__ = [
     "LEO",
     "MAML",
     "MLP",
+    "PEARL",
     "RL2",
     "SNAIL",
     "STRATEGIES",

@@ -101,6 +101,14 @@ AGENTS = {
         *("--data", "datamodules.TabularMDPs", "--data.states", "3", "--data.actions", "2", "--data.horizon", "3"),
         *("--data.episodes", "2", "--data.meta_batch_size", "8"),
     ],
+    "PEARL": [
+        *("--model", "models.PEARL", "--model.observations", "2", "--model.actions", "2", "--model.latents", "3"),
+        *("--model.hidden", "8", "--model.encoder_hidden", "8", "--model.transitions", "6", "--model.context", "5"),
+        *("--model.reward_scale", "1", "--model.discount", "0.9", "--model.steps_per_iteration", "5"),
+        *("--model.tasks_per_collection", "2", "--model.initial_episodes", "2", "--model.posterior_episodes", "1"),
+        *("--data", "datamodules.PointRobot", "--data.horizon", "4", "--data.episodes", "3"),
+        *("--data.train_tasks", "5", "--data.meta_batch_size", "4"),
+    ],
 }
 LEARNERS = ALGORITHMS | AGENTS
 # What has nothing to train.
