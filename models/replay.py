@@ -127,7 +127,7 @@ class Replay:
                         self._write(done, part)
                     done += len(part)
             if done < size:
-                why = f"it ends after {done} of {size} bytes"
+                why = f"it ends after {done} of {size} bytes" if done else "there is none"
             elif checksum != state["checksum"]:
                 why = "its checksum is another"
         except OSError as error:
