@@ -37,8 +37,8 @@ class Replay:
     def __init__(self, file: Path | None, tasks: int, horizon: int, width: int, dtype: torch.dtype) -> None:
         self.path, self.tasks, self.horizon, self.width, self.dtype = file, tasks, horizon, width, dtype
         self._task: list[int] = []  # of every episode
-        self._episodes: list[list[int]] = [[] for _ in range(tasks)]  # of every task
-        self._tables: dict[int, Tensor] = {}
+        self._episodes = torch.zeros(tasks, 1, dtype=torch.int64)  # of every task, as many as ``_count`` has
+        self._count = torch.zeros(tasks, dtype=torch.int64)
         self._context = torch.zeros(tasks, 2, dtype=torch.int64)  # of every task: first episode of it, and how many
         self._checksum = 0
         self._rows = torch.empty(0, width, dtype=dtype)
@@ -72,13 +72,9 @@ class Replay:
 
     def rows(self, task: Tensor, draws: Tensor) -> Tensor:
         """Transitions of tasks (T,), (T, n, width), each at random: by uniform numbers (T, n) in [0, 1)."""
-        place = torch.empty(draws.shape, dtype=torch.int64)
-        for i, t in enumerate(task.tolist()):
-            if t not in self._tables:
-                self._tables[t] = torch.tensor(self._episodes[t])
-            step = _integers(draws[i], len(self._tables[t]) * self.horizon)
-            place[i] = self._tables[t][step // self.horizon] * self.horizon + step % self.horizon
-        return self._at(place)
+        step = _integers(draws, self._count[task, None] * self.horizon)
+        episode = self._episodes[task[:, None], step // self.horizon]
+        return self._at(episode * self.horizon + step % self.horizon)
 
     def context(self, task: Tensor, draws: Tensor) -> Tensor:
         """The same of each task's context."""
@@ -137,7 +133,7 @@ class Replay:
                 f"{source} is not the replay buffer of the checkpoint ({why}): bring back the file that was beside it, "
                 "or start a new run"
             )
-        self._task, self._episodes, self._tables = [], [[] for _ in range(self.tasks)], {}
+        self._task, self._count = [], torch.zeros_like(self._count)
         self._checksum, self._context = checksum, state["context"].clone()
         self._add(state["task"].tolist())
 
@@ -156,9 +152,11 @@ class Replay:
 
     def _add(self, tasks: list[int]) -> None:
         for t in tasks:
-            self._episodes[t].append(len(self._task))
+            if self._count[t] == self._episodes.shape[1]:
+                self._episodes = torch.cat([self._episodes, torch.zeros_like(self._episodes)], 1)
+            self._episodes[t, self._count[t]] = len(self._task)
+            self._count[t] += 1
             self._task.append(t)
-            self._tables.pop(t, None)
         if self._task:
             # Copied on write: nobody changes the file by way of its rows.
             mapped = mmap.mmap(self._file.fileno(), len(self) * self._episode_bytes, access=mmap.ACCESS_COPY)
@@ -175,6 +173,6 @@ class Replay:
         )
 
 
-def _integers(draws: Tensor, below: Tensor | int) -> Tensor:
+def _integers(draws: Tensor, below: Tensor) -> Tensor:
     """Uniform integers in [0, below) from uniform numbers in [0, 1)."""
     return (draws * below).long().clamp(max=below - 1)
