@@ -103,9 +103,10 @@ def kills(tmp_path: Path, algorithm: str, times: int, steps: int) -> None:
         assert best[0]["global_step"] == best[1]["global_step"]
 
 
-def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(tmp_path):
+@pytest.mark.parametrize(("algorithm", "steps"), [("MAML", 120), ("RL2", 40)])
+def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(algorithm, steps, tmp_path):
     """Catches half-written checkpoints, skipped or repeated tasks, and a best checkpoint forgotten by the resume."""
-    kills(tmp_path, "MAML", times=1, steps=120)
+    kills(tmp_path, algorithm, times=1, steps=steps)
 
 
 @pytest.mark.slow
