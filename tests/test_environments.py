@@ -32,7 +32,7 @@ def families(**common) -> dict[str, EnvironmentDataModule]:
         "bandit": Bandits(arms=3, episodes=6, **common),
         "mdp": TabularMDPs(states=4, actions=3, horizon=5, episodes=3, **common),
         "dense": PointRobot(horizon=4, episodes=3, **{"train_tasks": None, **common}),
-        "sparse": PointRobot(sparse=True, radius=0.7, horizon=4, episodes=3, **{"train_tasks": None, **common}),
+        "sparse": PointRobot(sparse=True, radius=1.0, horizon=4, episodes=3, **{"train_tasks": None, **common}),
     }
 
 
