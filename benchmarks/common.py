@@ -101,8 +101,8 @@ class Row:
     Attributes:
         what: is compared.
         against: the baseline's name.
-        base, ours: median seconds of a step, or of one task for "tasks/s"; or MiB.
-        unit: "ms", "tasks/s" or "MiB".
+        base, ours: median seconds of a step, or of one task or step for "tasks/s" or "steps/s"; or MiB.
+        unit: "ms", "tasks/s", "steps/s" or "MiB".
         target: least ratio base / ours; for an overhead, the most that ours / base may exceed 1 by.
         overhead: whether it is one.
     """
@@ -129,8 +129,8 @@ class Row:
 
     def cells(self) -> list[str]:
         def show(value: float) -> str:
-            if self.unit == "tasks/s":
-                return f"{1 / value:,.0f} tasks/s"
+            if self.unit.endswith("/s"):
+                return f"{1 / value:,.0f} {self.unit}"
             return f"{1e3 * value:,.2f} ms" if self.unit == "ms" else f"{value:,.0f} MiB"
 
         ratio = f"{100 * self.ratio:+.1f} %" if self.overhead else f"{self.ratio:,.2f}x"
