@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
@@ -18,6 +19,7 @@ from models.base import Paper
 from models.functional import Parameters, call, last, map_tasks, sgd_path
 from models.policies import ActionHead, Actions, clipped_objective, draws_per_action, generalized_advantages
 from models.reinforcement import ReinforcementLearner, Seen, run_trial
+from models.trust_region import trust_region_step
 
 
 class Rollouts(NamedTuple):
@@ -111,8 +113,8 @@ class MAMLPolicy(ReinforcementLearner):
     """Finds an initialisation of a policy from which a policy gradient step on K episodes of a task does well.
 
     The inner step is REINFORCE with a linear baseline fitted to the same episodes; its objective is the mean over their
-    actions. The outer one is proximal policy optimisation of the adapted policies on K episodes of theirs: the inner
-    steps are taken anew in every epoch, on the episodes that they were taken on when acting. The paper has TRPO there.
+    actions. The outer step is proximal or trust region policy optimisation of the adapted policies on K episodes of
+    theirs, for which the inner steps are taken anew, on the episodes that they were taken on when acting.
 
     The published meta-gradient takes the distribution of the inner step's episodes as given. With
     ``sampling_correction`` its second derivatives are those of the expected return (in expectation over many
@@ -135,11 +137,13 @@ class MAMLPolicy(ReinforcementLearner):
         discount: γ.
         decay: λ of the advantages.
         normalize: advantages of each task with mean 0 and deviation 1, as in the released code. α is in these units.
-        clip: of the ratio of probabilities.
-        kl_limit: further epochs on the same episodes end when the adapted policies are further from those that acted,
-            nats.
-        epochs: gradient steps of a meta-update.
-        max_grad_norm: of the meta-gradient; None leaves it as it is.
+        outer: proximal policy optimisation by ``optimizer``, or trust region policy optimisation as published, which
+            needs none.
+        clip: of the ratio of probabilities; of "ppo".
+        kl_limit: how far a meta-update takes the adapted policies from those that acted, nats; "ppo" ends its epochs
+            beyond.
+        epochs: gradient steps of a meta-update; of "ppo".
+        max_grad_norm: of the meta-gradient; None leaves it as it is; of "ppo".
         **others: see ReinforcementLearner.
     """
 
@@ -168,6 +172,7 @@ class MAMLPolicy(ReinforcementLearner):
         discount: float = 0.99,
         decay: float = 1.0,
         normalize: bool = True,
+        outer: Literal["ppo", "trpo"] = "ppo",
         clip: float = 0.2,
         kl_limit: float = 0.01,
         epochs: int = 5,
@@ -182,7 +187,8 @@ class MAMLPolicy(ReinforcementLearner):
         self.later_rate = inner_rate if later_rate is None else later_rate
         self.first_order, self.sampling_correction = first_order, sampling_correction
         self.discount, self.decay, self.normalize = discount, decay, normalize
-        self.clip, self.kl_limit, self.epochs, self.max_grad_norm = clip, kl_limit, epochs, max_grad_norm
+        self.outer, self.clip = outer, clip if outer == "ppo" else math.inf
+        self.kl_limit, self.epochs, self.max_grad_norm = kl_limit, epochs, max_grad_norm
         layers: list[nn.Module] = []
         for inputs, units in pairwise([observations, *hidden]):
             layers += [nn.Linear(inputs, units), nn.ReLU() if activation == "relu" else nn.Tanh()]
@@ -227,10 +233,9 @@ class MAMLPolicy(ReinforcementLearner):
         rate = self.inner_rate if step < max(1, self.inner_steps) else self.later_rate
         return last(sgd_path(loss, parameters, rate, 1, self.first_order))
 
-    def losses(self, *path: Rollouts) -> tuple[Tensor, Tensor]:
+    def losses(self, parameters: Parameters, *path: Rollouts) -> tuple[Tensor, Tensor]:
         """Of ONE task's rollouts before each inner step and after the last: what is minimised, and the divergence of
-        the adapted policy from the one that acted, nats; scalars."""
-        parameters: Parameters = dict(self.policy.named_parameters())
+        the policy adapted from these parameters from the one that acted, nats; scalars."""
         for step, rollouts in enumerate(path[:-1]):
             parameters = self.inner_step(parameters, rollouts, step)
         after = path[-1]
@@ -252,10 +257,27 @@ class MAMLPolicy(ReinforcementLearner):
         return map_tasks(one, *tensors, chunk=self.chunk)
 
     def training_step(self, batch: Environments, batch_idx: int) -> None:
-        optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         path, returns = zip(*self.blocks(batch, self.inner_steps), strict=True)
+        if self.outer == "ppo":
+            self.proximal_steps(batch, path)
+        else:
+            self.trust_region_step(batch, path)
+        self.optimizers().step()  # pyright: ignore  # counts: a meta-update, however many steps it took
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()  # pyright: ignore
+        figures = self.return_figures(batch, torch.stack([r.mean(1) for r in returns], 1))
+        figures["entropy"] = path[0].old.entropy().mean((1, 2))
+        self.task_figures("train").update(batch.index, figures)
+
+    def all_losses(self, parameters: Parameters, path: tuple[Rollouts, ...]) -> tuple[Tensor, Tensor]:
+        """``losses`` of all tasks from the same parameters, (T,) each."""
+        return self.over_tasks(lambda *of_task: self.losses(parameters, *of_task), *path)
+
+    def proximal_steps(self, batch: Environments, path: tuple[Rollouts, ...]) -> None:
+        """Gradient steps on the same episodes, the last of which is left to take."""
+        optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         for epoch in range(self.epochs):
-            loss, kl = self.over_tasks(self.losses, *path)
+            loss, kl = self.all_losses(dict(self.policy.named_parameters()), path)
             optimizer.zero_grad()
             # Processes may hold unequal shares; DDP averages over processes, the meta-objective is a mean over tasks.
             self.manual_backward(loss.sum() * (self.trainer.world_size / batch.meta_batch))
@@ -264,12 +286,24 @@ class MAMLPolicy(ReinforcementLearner):
             if epoch == self.epochs - 1 or self._mean_over_tasks(kl, batch.meta_batch) > self.kl_limit:
                 break
             optimizer.step()
-        self.optimizers().step()  # pyright: ignore  # counts: a meta-update, however many steps it took
-        if (scheduler := self.lr_schedulers()) is not None:
-            scheduler.step()  # pyright: ignore
-        figures = self.return_figures(batch, torch.stack([r.mean(1) for r in returns], 1))
-        figures["entropy"] = path[0].old.entropy().mean((1, 2))
-        self.task_figures("train").update(batch.index, figures)
+
+    def trust_region_step(self, batch: Environments, path: tuple[Rollouts, ...]) -> None:
+        """A step that needs no optimizer: with no gradient to take, its own does nothing but count."""
+
+        def total(values: Any) -> Any:
+            return tree_map(lambda v: self._mean_over_tasks(v[None], 1), values)
+
+        start: Parameters = {name: p.detach() for name, p in self.policy.named_parameters()}
+        moved = trust_region_step(
+            lambda parameters: self.all_losses(parameters, path)[0].sum() / batch.meta_batch,
+            lambda parameters: self.all_losses(parameters, path)[1].sum() / batch.meta_batch,
+            start,
+            self.kl_limit,
+            total,
+        )
+        with torch.no_grad():
+            for name, p in self.policy.named_parameters():
+                p.copy_(moved[name])
 
     def evaluation_step(self, batch: Environments, stage: str) -> None:
         returns = torch.stack([r.mean(1) for _, r in self.blocks(batch, batch.episodes - 1)], 1)

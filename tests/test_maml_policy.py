@@ -15,9 +15,10 @@ from datamodules.environments import Environments
 from datamodules.mdps import TabularMDP
 from datamodules.navigation import DenseNavigation, PointRobot
 from models import MAMLPolicy
-from models.functional import Parameters
+from models.functional import Parameters, hessian_product, inner_product
 from models.maml_policy import Rollouts, linear_baseline, policy_surrogate
 from models.policies import Categorical, Gaussian
+from models.trust_region import trust_region_step
 
 TRANSITIONS = torch.tensor([[[0.9, 0.1], [0.3, 0.7]], [[0.4, 0.6], [0.8, 0.2]]], dtype=torch.float64)
 REWARDS = torch.tensor([[0.3, -0.8], [2.0, -1.5]], dtype=torch.float64)
@@ -80,7 +81,7 @@ def exact_path(learner: MAMLPolicy, parameters: Parameters, steps: int) -> list[
 
 def meta_gradient(learner: MAMLPolicy, *path: Rollouts) -> Tensor:
     """Of the expected return after adaptation, all parameters end to end."""
-    loss, _ = learner.losses(*path)
+    loss, _ = learner.losses(dict(learner.policy.named_parameters()), *path)
     gradient = torch.autograd.grad(-2 * loss, list(learner.policy.parameters()))
     return torch.cat([g.flatten() for g in gradient])
 
@@ -224,7 +225,7 @@ def test_outer_loss_after_a_gaussian_inner_step_by_hand():
     gain = [min(r * x, min(max(r, 0.9), 1.1) * x) for r, x in zip(ratio.flat, advantage.flat, strict=True)]
     assert 0 < np.isclose(gain, (ratio * advantage).flatten()).sum() < len(gain)  # some are clipped
     apart = (np.exp(2 * old_log) + (old_mean - mean) ** 2) / (2 * np.exp(2 * adapted_log))
-    loss, kl = learner.losses(*path)
+    loss, kl = learner.losses(start(learner), *path)
     assert loss.item() == pytest.approx(-np.mean(gain), rel=1e-10)
     assert kl.item() == pytest.approx(np.mean(adapted_log - old_log + apart - 0.5), rel=1e-10)
 
@@ -307,3 +308,93 @@ def test_evaluation_adapts_to_each_task_step_by_step():
             gain = (0.9 ** torch.arange(4)[:, None] * advantage * log_p).mean()
             gradient = dict(zip(leaves, torch.autograd.grad(gain, list(leaves.values())), strict=True))
             parameters = {n: (p + rate * gradient[n]).detach() for n, p in leaves.items()}
+
+
+def quadratic(size: int = 4) -> tuple[Tensor, Tensor, Parameters]:
+    g = torch.Generator().manual_seed(2)
+    root, slope, at = (torch.randn(*shape, generator=g).double() for shape in ((size, size), (size,), (size,)))
+    return root @ root.T + torch.eye(size), slope, {"a": at[:3], "b": at[3:]}
+
+
+def joined(parameters: Parameters) -> Tensor:
+    return torch.cat(list(parameters.values()))
+
+
+def test_trust_region_step_solves_a_quadratic_problem():
+    """Catches a step of the wrong direction or length, and parts of two processes that are not summed: where the loss
+    is linear the best step within the region is known."""
+    matrix, slope, at = quadratic()
+    start_at, limit = joined(at), 0.02
+
+    def loss(p: Parameters) -> Tensor:
+        return slope @ joined(p)
+
+    def divergence(p: Parameters) -> Tensor:
+        away = joined(p) - start_at
+        return away @ matrix @ away / 2
+
+    natural = torch.linalg.solve(matrix, slope)
+    expected = start_at - (2 * limit / (slope @ natural)).sqrt() * natural
+    got = trust_region_step(loss, divergence, at, limit, damping=1e-9)
+    torch.testing.assert_close(joined(got), expected, rtol=1e-6, atol=1e-7)
+
+    def total(values):
+        return tree_map(lambda v: 2 * v, values)
+
+    halves = trust_region_step(lambda p: loss(p) / 2, lambda p: divergence(p) / 2, at, limit, total, damping=1e-9)
+    torch.testing.assert_close(joined(halves), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_trust_region_step_goes_back_as_far_as_it_must_or_stays():
+    """Catches a line search that accepts what is outside the region or no better."""
+    matrix, slope, at = quadratic()
+    start_at, limit = joined(at), 0.02
+
+    def away(p: Parameters) -> Tensor:
+        return joined(p) - start_at
+
+    def steeper(p: Parameters) -> Tensor:  # than its curvature at the start says
+        square = away(p) @ matrix @ away(p) / 2
+        return square + 40 * square**2
+
+    natural = torch.linalg.solve(matrix, slope)
+    full = (2 * limit / (slope @ natural)).sqrt() * natural
+    # The divergence of a share s of the full step is limit s² + 40 limit² s⁴: first within the limit at 0.8².
+    shares = [0.8**k for k in range(15)]
+    share = next(s for s in shares if limit * s**2 + 40 * limit**2 * s**4 <= limit)
+    assert 0.5 < share < 1
+    got = trust_region_step(lambda p: slope @ joined(p), steeper, at, limit, damping=1e-9)
+    torch.testing.assert_close(joined(got), start_at - share * full, rtol=1e-6, atol=1e-7)
+    rising = trust_region_step(
+        lambda p: slope @ away(p) + 1e9 * away(p).square().sum(), lambda p: away(p) @ matrix @ away(p) / 2, at, limit
+    )
+    assert torch.equal(joined(rising), start_at)
+
+
+def test_divergence_of_adapted_policies_curves_as_finite_differences_have_it():
+    """Catches a Hessian that stops at the adapted parameters instead of going on to the initial ones, and inner steps
+    that are not those of the initial parameters that they are taken from, on episodes of others."""
+    learner = tabular(outer="trpo")
+    theta = start(learner)
+    path = exact_path(learner, theta, 1)
+    rollouts = [all_episodes(learner, p) for p in path]
+    old = log_policy(learner, path[1])
+
+    def exact(parameters: Parameters) -> Tensor:
+        now = log_policy(learner, exact_path(learner, parameters, 1)[1])
+        apart = (old.exp() * (old - now)).sum(1)
+        return 0.75 * apart[0] + 0.25 * apart[1]  # of the states in all episodes, whatever their probability
+
+    def divergence(parameters: Parameters) -> Tensor:
+        return learner.losses(parameters, *rollouts)[1]
+
+    g = torch.Generator().manual_seed(0)
+    vector = {n: torch.randn(p.shape, generator=g, dtype=torch.float64) for n, p in theta.items()}
+    ends = [{n: p + s * 1e-5 * vector[n] for n, p in theta.items()} for s in (1, -1)]
+    gradients = [grad(exact)(p) for p in ends]
+    product = hessian_product(divergence, theta)(vector)
+    for name, value in product.items():
+        expected = (gradients[0][name] - gradients[1][name]) / 2e-5
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
+    assert inner_product(vector, product) > 1e-2
+    torch.testing.assert_close(divergence(ends[0]), exact(ends[0]), rtol=1e-6, atol=0)

@@ -89,18 +89,22 @@ ALGORITHMS = {
     ],
 }
 BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
+CHAINS = [
+    *("--data", "datamodules.TabularMDPs", "--data.states", "3", "--data.actions", "2", "--data.horizon", "3"),
+    *("--data.episodes", "2", "--data.meta_batch_size", "8"),
+]
+MAML_POLICY = [
+    *("--model", "models.MAMLPolicy", "--model.observations", "3", "--model.actions", "2", "--model.hidden", "[6]"),
+    *("--model.rollouts", "4", "--model.sampling_correction", "true", *CHAINS),
+]
 # Learners of reinforcement learning, each with its environments.
 AGENTS = {
     "RL2": [
         *("--model", "models.RL2", "--model.observations", "0", "--model.actions", "3", "--model.hidden", "6"),
         *("--model.epochs", "2", "--model.minibatches", "2", *BANDITS),
     ],
-    "MAMLPolicy": [
-        *("--model", "models.MAMLPolicy", "--model.observations", "3", "--model.actions", "2", "--model.hidden", "[6]"),
-        *("--model.rollouts", "4", "--model.epochs", "2", "--model.sampling_correction", "true"),
-        *("--data", "datamodules.TabularMDPs", "--data.states", "3", "--data.actions", "2", "--data.horizon", "3"),
-        *("--data.episodes", "2", "--data.meta_batch_size", "8"),
-    ],
+    "MAMLPolicy": [*MAML_POLICY, "--model.epochs", "2"],
+    "MAMLPolicyTRPO": [*MAML_POLICY, "--model.outer", "trpo"],
     "PEARL": [
         *("--model", "models.PEARL", "--model.observations", "2", "--model.actions", "2", "--model.latents", "3"),
         *("--model.hidden", "8", "--model.encoder_hidden", "8", "--model.transitions", "6", "--model.context", "5"),
