@@ -144,6 +144,7 @@ class MAMLPolicy(ReinforcementLearner):
             beyond.
         epochs: gradient steps of a meta-update; of "ppo".
         max_grad_norm: of the meta-gradient; None leaves it as it is; of "ppo".
+        damping: added to the diagonal of the divergence's Hessian; of "trpo".
         **others: see ReinforcementLearner.
     """
 
@@ -177,6 +178,7 @@ class MAMLPolicy(ReinforcementLearner):
         kl_limit: float = 0.01,
         epochs: int = 5,
         max_grad_norm: float | None = 1.0,
+        damping: float = 1e-5,
         **others: Any,
     ) -> None:
         super().__init__(observations, actions, discrete, **others)
@@ -188,6 +190,7 @@ class MAMLPolicy(ReinforcementLearner):
         self.first_order, self.sampling_correction = first_order, sampling_correction
         self.discount, self.decay, self.normalize = discount, decay, normalize
         self.outer, self.clip = outer, clip if outer == "ppo" else math.inf
+        self.damping = damping
         self.kl_limit, self.epochs, self.max_grad_norm = kl_limit, epochs, max_grad_norm
         layers: list[nn.Module] = []
         for inputs, units in pairwise([observations, *hidden]):
@@ -300,6 +303,7 @@ class MAMLPolicy(ReinforcementLearner):
             start,
             self.kl_limit,
             total,
+            damping=self.damping,
         )
         with torch.no_grad():
             for name, p in self.policy.named_parameters():
