@@ -14,7 +14,7 @@ from app.figures import Panel
 from datamodules.bandits import BernoulliBandit
 from datamodules.environments import Environments
 from datamodules.navigation import DenseNavigation
-from models.reinforcement import Trial, run_trial
+from models.reinforcement import ReinforcementLearner, Trial, run_trial
 
 if TYPE_CHECKING:
     from app.dashboards import Probe
@@ -33,7 +33,7 @@ class TrialPictures:
         guarded: the result of an action, or None with a line in the log where it fails.
 
     Attributes:
-        encodes: the learner tells a latent of each task: it has ``latents``, from environments to (T, L).
+        encodes: the learner tells a latent of each task, see ``ReinforcementLearner.task_latents``.
         panels: of these pictures, what belongs into one of several panels; whole once ``all`` has come to its end.
     """
 
@@ -42,7 +42,7 @@ class TrialPictures:
         self.environment = probe.tasks.environment
         self.available = probe.data.test_tasks if probe.split == "test" else probe.data.val_tasks
         self.unit = "pull" if isinstance(self.environment, BernoulliBandit) else "episode"
-        self.encodes = callable(getattr(probe.learner, "latents", None))
+        self.encodes = getattr(type(probe.learner), "task_latents", None) is not ReinforcementLearner.task_latents
         self.panels: list[Panel] = []
 
     def all(self) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -133,15 +133,20 @@ def positions_of(trial: Trial, episodes: int) -> Tensor:
     return torch.cat([before[:, :1], after], 1).permute(2, 0, 1, 3)
 
 
-def latents_of(probe: Probe, tasks: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Latents of the first tasks (T, L), what tells the tasks apart (T, facts), and the names of that."""
+def latents_of(probe: Probe, tasks: int) -> tuple[Tensor, Tensor, list[str]] | None:
+    """Latents of the first tasks (T, L), what tells the tasks apart (T, facts), and the names of that.
+
+    None where this learner has none, as PEARL without context.
+    """
     learner: Any = probe.learner
     _, ready = probe.sample(range(tasks))
     batch: Any = ready
-    latents, facts = learner.latents(batch).float().cpu(), batch.environment.describe(batch.task).float().cpu()
+    latents, facts = learner.task_latents(batch), batch.environment.describe(batch.task).float().cpu()
+    if latents is None:
+        return None
     names = []
     for name, value in batch.task.items():
         if name != "number":
             size = value[0].numel()
             names += [name] if size == 1 else [f"{name} {1 + k}" for k in range(size)]
-    return latents, facts, names
+    return latents.float().cpu(), facts, names

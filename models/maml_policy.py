@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from app.metrics import FINGERPRINT
 from datamodules.base import at_least
 from datamodules.environments import Environment, Environments, Facts
 from models.base import Paper
@@ -265,9 +264,7 @@ class MAMLPolicy(ReinforcementLearner):
             self.proximal_steps(batch, path)
         else:
             self.trust_region_step(batch, path)
-        self.optimizers().step()  # pyright: ignore  # counts: a meta-update, however many steps it took
-        if (scheduler := self.lr_schedulers()) is not None:
-            scheduler.step()  # pyright: ignore
+        self.last_step()
         figures = self.return_figures(batch, torch.stack([r.mean(1) for r in returns], 1))
         figures["entropy"] = path[0].old.entropy().mean((1, 2))
         self.task_figures("train").update(batch.index, figures)
@@ -309,7 +306,6 @@ class MAMLPolicy(ReinforcementLearner):
             for name, p in self.policy.named_parameters():
                 p.copy_(moved[name])
 
-    def evaluation_step(self, batch: Environments, stage: str) -> None:
+    def evaluation_figures(self, batch: Environments) -> dict[str, Tensor]:
         returns = torch.stack([r.mean(1) for _, r in self.blocks(batch, batch.episodes - 1)], 1)
-        facts = {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
-        self.task_figures(stage).update(batch.index, self.return_figures(batch, returns), facts)
+        return self.return_figures(batch, returns)

@@ -16,6 +16,7 @@ from models.base import Paper
 from models.context import ContextEncoder, Latents, PosteriorSampling
 from models.off_policy import OffPolicyLearner, Transitions
 from models.policies import normal, single
+from models.reinforcement import run_trial
 from models.soft_actor_critic import Critics, Policy, follow, network
 
 ROWS, NOISE, TASKS = 4, 5, 6  # purposes of random numbers; those before are the trials' of ``collect``
@@ -118,6 +119,13 @@ class PEARL(OffPolicyLearner):
         return PosteriorSampling(
             self, self.exploration_episodes, deterministic=self.deterministic and not self.training
         )
+
+    def task_latents(self, batch: Environments) -> Tensor | None:
+        if self.encoder is None:
+            return None
+        trial = run_trial(batch, self.agent())
+        parts = (trial.seen.observation, trial.action, trial.reward, trial.shaped, trial.reached)
+        return self.infer(Transitions(*(part.transpose(0, 1) for part in parts))).mean
 
     def misfit(self, environment: Environment) -> str | None:
         if environment.discrete:

@@ -130,6 +130,10 @@ class ReinforcementLearner(MetaLearner):
         """That acts as the learner has it now."""
         raise NotImplementedError
 
+    def task_latents(self, batch: Environments) -> Tensor | None:
+        """What the learner has of each task for a latent, after a trial, (T, L), to be looked at; None without."""
+        return None
+
     def misfit(self, environment: Environment) -> str | None:
         """Why the learner cannot act in this environment, and the cure; None if it can."""
         wanted = {
@@ -159,7 +163,19 @@ class ReinforcementLearner(MetaLearner):
             figures["of_optimum"] = torch.stack([total, episodes * optimum], 1)
         return figures
 
+    def evaluation_figures(self, batch: Environments) -> dict[str, Tensor]:
+        """Figures of each task, (T, …), of a trial in it."""
+        return self.trial_figures(batch, run_trial(batch, self.agent()))
+
+    def last_step(self) -> None:
+        """The last of several steps of the optimizer that a learner takes by itself in a meta-update.
+
+        It alone goes through Lightning, so that ``max_steps``, checkpoints and schedules count meta-updates.
+        """
+        self.optimizers().step()  # pyright: ignore
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()  # pyright: ignore
+
     def evaluation_step(self, batch: Environments, stage: str) -> None:
-        trial = run_trial(batch, self.agent())
         facts = {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
-        self.task_figures(stage).update(batch.index, self.trial_figures(batch, trial), facts)
+        self.task_figures(stage).update(batch.index, self.evaluation_figures(batch), facts)

@@ -169,9 +169,7 @@ class RL2(ReinforcementLearner):
                 break
             optimizer.step()
             kl = 0.0 if updates % self.minibatches == 0 else kl
-        self.optimizers().step()  # pyright: ignore  # counts: a meta-update, however many steps it took
-        if (scheduler := self.lr_schedulers()) is not None:
-            scheduler.step()  # pyright: ignore
+        self.last_step()
         with torch.no_grad():
             figures = self.trial_figures(batch, trial)
             figures["entropy"] = trial.told.entropy().mean(0)

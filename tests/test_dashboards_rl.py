@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 class Encoding(RL2):
     """RL² that tells twice its goal for a latent, and a third number."""
 
-    def latents(self, batch: Environments) -> torch.Tensor:
+    def task_latents(self, batch: Environments) -> torch.Tensor:
         assert not torch.is_grad_enabled()
         goal = batch.task["goal"]
         return torch.cat([2 * goal, torch.ones_like(goal[:, :1])], 1)
@@ -192,13 +192,13 @@ def test_latents_are_beside_the_goals_of_their_tasks(tmp_path: Path):
         assert latents_of(probe, 7)[2] == names
 
 
-def test_a_number_of_latents_is_no_latent(tmp_path: Path):
-    """Catches a learner whose size of latents is called so, asked for them as for a function."""
+def test_a_learner_without_latents_has_no_picture_of_them(tmp_path: Path):
+    """Catches a picture of nothing, of a learner that encodes tasks but was told not to."""
     probe, table = untrained(walks(tmp_path, "--wandb", "off"))
-    probe.learner.__dict__["latents"] = 5
+    probe.learner.__dict__["task_latents"] = lambda batch: None
     with torch.inference_mode():
         drawn = dict(TrialPictures(probe, table, "meta-test", lambda what, action: action()).all())
-    assert set(drawn) == {"episodes", "trajectories"}
+    assert set(drawn) == {"episodes", "context", "trajectories"}
 
 
 def test_a_trial_that_cannot_be_looked_at_costs_its_picture_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -310,6 +310,18 @@ def test_latents_are_of_the_prior_and_then_of_all_that_was_seen(explore, context
                 torch.testing.assert_close(trial.action[t], choice.sample(draws[:, t, LATENTS:]))
 
 
+def test_latents_to_look_at_are_of_the_whole_trial():
+    """Catches latents by a part of the trial, or by shaped rewards, and latents of a learner that has none."""
+    model, batch = learner().eval(), environments(3, sparse=True, radius=0.9)
+    with torch.no_grad():
+        trial = run_trial(batch, model.agent())
+        assert not torch.equal(trial.reward, trial.shaped)
+        rows = torch.cat([trial.seen.observation, trial.action, trial.reward[..., None]], -1)
+        mean, variance = model.encoder.factors(rows)
+        torch.testing.assert_close(model.task_latents(batch), (mean / variance).sum(0) / (1 / variance).sum(0))
+        assert learner(latents=0).eval().task_latents(batch) is None
+
+
 def test_evaluation_acts_by_the_mode():
     """Catches evaluation that adds noise to the actions, and training that does not."""
     model, batch = learner(exploration_episodes=2), environments(3)
