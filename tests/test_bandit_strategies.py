@@ -66,6 +66,16 @@ def test_pulls_what_a_restatement_pulls(strategy, first_of_equals):
             (wins if paid else losses)[arm] += 1
 
 
+def test_confidence_bound_is_of_the_pull_to_come():
+    """Catches a logarithm of another pull, or of pulls that the prior counts for, which seldom changes a choice."""
+    counts = Counts(*(torch.tensor([part], dtype=torch.float64) for part in ([3, 1, 2, 1], [1, 2, 2, 1])))
+    found = BanditStrategy(ARMS, "ucb1", scale=0.4).preference(counts, torch.empty(1, 0))
+    # Five pulls so far.
+    expected = [3 / 4, 1 / 3, 2 / 4, 1 / 2]
+    expected = [m + 0.4 * math.sqrt(2 * math.log(6) / n) for m, n in zip(expected, (4, 3, 4, 2), strict=True)]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-12)
+
+
 def test_samples_are_of_the_posterior():
     """Catches successes and failures that are mixed up, and quantiles that are off in the tails."""
     counts = Counts(*(torch.tensor([[1.0, 3.0, 40.0, 900.0]], dtype=torch.float64).roll(k, 1) for k in (0, 1)))

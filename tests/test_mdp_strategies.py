@@ -154,6 +154,8 @@ def test_acts_as_a_restatement_does(strategy):
         for t in range(EPISODES * HORIZON):
             if t % HORIZON == 0 and strategy != "value-iteration":
                 values = planned(strategy, Recount(steps), t // HORIZON + 1, weight, chance[task, t, 1].item())
+                told = [Step(*(torch.tensor([part]) for part in step)) for step in steps]
+                np.testing.assert_allclose(learner.plan(told, HORIZON, chance[task, t, 1:])[0], values, atol=1e-6)
             state = int(before[t, task])
             preferred = values[t % HORIZON, state]
             if strategy == "epsilon-greedy" and chance[task, t, 1] < SETTINGS["epsilon"]:
