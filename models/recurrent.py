@@ -57,6 +57,8 @@ class GRUCell(nn.Module):
         inputs, hidden: sizes.
         activation: of what is new.
         weight_norm: weights are directions and lengths, a length for each row (Salimans and Kingma, NeurIPS 2016).
+        memory: steps T that units are to remember things for at first: update gates start from biases of
+            log(U(1, T - 1)) (Tallec and Ollivier, ICLR 2018). None leaves them as ``nn.GRU`` has them.
     """
 
     weight_ih: Tensor
@@ -65,13 +67,24 @@ class GRUCell(nn.Module):
     bias_hh: Tensor
 
     def __init__(
-        self, inputs: int, hidden: int, activation: Literal["tanh", "relu"] = "tanh", weight_norm: bool = False
+        self,
+        inputs: int,
+        hidden: int,
+        activation: Literal["tanh", "relu"] = "tanh",
+        weight_norm: bool = False,
+        memory: int | None = None,
     ) -> None:
         super().__init__()
+        at_least(1, inputs=inputs, hidden=hidden)
+        at_least(3, memory=memory)
         like = nn.GRU(inputs, hidden)
         self.weight_ih, self.weight_hh = like.weight_ih_l0, like.weight_hh_l0
         self.bias_ih, self.bias_hh = like.bias_ih_l0, like.bias_hh_l0
         self.activation = getattr(torch, activation)
+        if memory is not None:
+            with torch.no_grad():
+                self.bias_hh[hidden : 2 * hidden] = 0
+                self.bias_ih[hidden : 2 * hidden].uniform_(1, memory - 1).log_()
         if weight_norm:
             for name in ("weight_ih", "weight_hh"):
                 nn.utils.parametrizations.weight_norm(self, name)

@@ -71,7 +71,7 @@ class RL2(ReinforcementLearner):
     Args:
         observations, actions, discrete: of the environments.
         hidden: units of the gated recurrent networks, of policy and value.
-        activation, weight_norm: of these, see GRUCell; the paper has relu, with weight normalisation.
+        activation, weight_norm, memory: of these, see GRUCell; the paper has relu, with weight normalisation.
         discount: γ, over the whole trial.
         decay: λ of the advantages; 1 on bandits, 0.3 on tabular MDPs.
         clip: of the ratio of probabilities.
@@ -99,6 +99,7 @@ class RL2(ReinforcementLearner):
         hidden: int = 128,
         activation: Literal["tanh", "relu"] = "tanh",
         weight_norm: bool = False,
+        memory: int | None = None,
         discount: float = 0.99,
         decay: float = 1.0,
         clip: float = 0.2,
@@ -117,9 +118,9 @@ class RL2(ReinforcementLearner):
         self.epochs, self.minibatches, self.entropy = epochs, minibatches, entropy
         self.max_grad_norm, self.greedy = max_grad_norm, greedy
         inputs = observations + actions + 2
-        self.policy = GRUCell(inputs, hidden, activation, weight_norm)
+        self.policy = GRUCell(inputs, hidden, activation, weight_norm, memory)
         self.head = ActionHead(hidden, actions, discrete)
-        self.critic = GRUCell(inputs, hidden, activation, weight_norm)
+        self.critic = GRUCell(inputs, hidden, activation, weight_norm, memory)
         self.value = nn.Linear(hidden, 1)
 
     def inputs(self, seen: Seen) -> Tensor:
@@ -191,11 +192,13 @@ class RL2(ReinforcementLearner):
                 yield rollout.of(rows), epoch == self.epochs - 1 and k == self.minibatches - 1
 
     def _normalised(self, advantage: Tensor, meta_batch: int) -> Tensor:
-        """With mean 0 and deviation 1 over all steps of all processes."""
-        count = meta_batch * len(advantage)
-        mean = self._sum(advantage.sum()) / count
-        deviation = (self._sum((advantage - mean).square().sum()) / count).sqrt()
-        return (advantage - mean) / (deviation + 1e-8)
+        """With mean 0 over the trials of all processes at each step, and deviation 1 over all steps.
+
+        What a value network that cannot tell the steps apart yet gets wrong is common to all trials of a step.
+        """
+        centred = advantage - self._sum(advantage.sum(1, keepdim=True)) / meta_batch
+        deviation = (self._sum(centred.square().sum()) / (meta_batch * len(advantage))).sqrt()
+        return centred / (deviation + 1e-8)
 
     def _sum(self, value: Tensor) -> Tensor:
         several = self.trainer.world_size > 1

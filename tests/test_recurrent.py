@@ -125,6 +125,22 @@ def test_weight_normalisation_changes_nothing_at_first():
     torch.testing.assert_close(plain.run(x), normalised.run(x))
 
 
+def test_memory_is_how_long_units_keep_what_they_have():
+    """Catches gates that forget so slowly instead of remembering, and times that are not spread over the trial: without
+    weights, a unit keeps T' / (1 + T') of its state, T' uniform in 1 to T - 1."""
+    cell = gru(hidden=2000, memory=100)
+    with torch.no_grad():
+        cell.weight_ih.zero_()
+        cell.weight_hh.zero_()
+        cell.bias_ih[4000:].zero_()
+        cell.bias_hh[4000:].zero_()
+    kept = cell(torch.zeros(3, dtype=torch.float64), torch.ones(2000, dtype=torch.float64)).detach().numpy()
+    times = np.sort(kept / (1 - kept))
+    np.testing.assert_allclose(times, np.linspace(1, 99, 2000), atol=5)
+    with pytest.raises(ValueError, match="memory is 2"):
+        gru(memory=2)
+
+
 def test_a_gru_is_right_under_vmap_and_twice_differentiable():
     """Catches a kernel without a rule for either: gradients of gradients of several trials at once."""
     cell = gru()
