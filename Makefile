@@ -42,12 +42,13 @@ format: $(VENV)/.ready  ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.ready  ## compare with learn2learn, iMAML with MAML (some minutes each; ROOT=folder of Omniglot)
+bench: $(VENV)/.ready  ## compare with learn2learn and gymnasium, iMAML with MAML (some minutes each; ROOT=folder of Omniglot)
 	$(BIN)/python -m benchmarks.episodes --root $(or $(ROOT),data)
 	$(BIN)/python -m benchmarks.maml --root $(or $(ROOT),data)
 	$(BIN)/python -m benchmarks.protonet --root $(or $(ROOT),data)
 	$(BIN)/python -m benchmarks.learners
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.environments
 
 clean:  ## remove the environment and caches, but no runs and no data
 	rm -rf $(VENV) .pytest_cache .ruff_cache
