@@ -96,7 +96,7 @@ class GRUCell(nn.Module):
     def run(self, x: Tensor, h: Tensor | None = None) -> Tensor:
         """States (steps, N, hidden) along sequences (steps, N, inputs), from a state (N, hidden) or from zeros."""
         projected, weight_hh, states = F.linear(x, self.weight_ih, self.bias_ih), self.weight_hh, []
-        h = projected.new_zeros(x.shape[1], weight_hh.shape[1]) if h is None else h
+        h = x.new_zeros(x.shape[1], weight_hh.shape[1]) if h is None else h  # whatever autocast makes of the gates
         for step in projected:
             h = self._step(step, h, weight_hh)
             states.append(h)
