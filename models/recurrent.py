@@ -91,16 +91,21 @@ class GRUCell(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         """The next state (…, hidden) from an input (…, inputs) and the state (…, hidden)."""
-        return self._step(F.linear(x, self.weight_ih, self.bias_ih), h, self.weight_hh)
+        return self._step(self._project(x), h, self.weight_hh)
 
     def run(self, x: Tensor, h: Tensor | None = None) -> Tensor:
         """States (steps, N, hidden) along sequences (steps, N, inputs), from a state (N, hidden) or from zeros."""
-        projected, weight_hh, states = F.linear(x, self.weight_ih, self.bias_ih), self.weight_hh, []
-        h = x.new_zeros(x.shape[1], weight_hh.shape[1]) if h is None else h  # whatever autocast makes of the gates
+        projected, weight_hh, states = self._project(x), self.weight_hh, []
+        h = x.new_zeros(x.shape[1], weight_hh.shape[1]) if h is None else h
         for step in projected:
             h = self._step(step, h, weight_hh)
             states.append(h)
         return torch.stack(states)
+
+    def _project(self, x: Tensor) -> Tensor:
+        # In the precision of x whatever autocast makes of it, and with it gates and states: in 8 bits a gate above 0.998
+        # is 1, and small changes of a state are lost.
+        return F.linear(x, self.weight_ih, self.bias_ih).to(x.dtype)
 
     def _step(self, projected: Tensor, h: Tensor, weight_hh: Tensor) -> Tensor:
         reset_x, update_x, new_x = projected.chunk(3, -1)

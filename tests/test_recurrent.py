@@ -141,6 +141,24 @@ def test_memory_is_how_long_units_keep_what_they_have():
         gru(memory=2)
 
 
+def test_small_changes_add_up_under_autocast():
+    """Catches a state or gates of 8 bits: one that moves by a thousandth of what is left at each step would stand still at 0.87.
+    Learning has to see the states that acting went through."""
+    cell = gru(1).float()
+    with torch.no_grad():
+        for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh):
+            weight.zero_()
+        cell.bias_ih[1] = np.log(999.0)  # update gate of .999
+        cell.bias_ih[2] = 20.0  # tanh of it is 1
+    h = torch.zeros(1, 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        states = cell.run(torch.zeros(4000, 1, cell.weight_ih.shape[1]))
+        for _ in range(4000):
+            h = cell(torch.zeros(1, cell.weight_ih.shape[1]), h)
+    assert states.dtype == torch.float32 and torch.equal(states[-1], h)
+    assert 0.97 < float(h) <= 1
+
+
 def test_a_gru_is_right_under_vmap_and_twice_differentiable():
     """Catches a kernel without a rule for either: gradients of gradients of several trials at once."""
     cell = gru()
