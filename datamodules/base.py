@@ -15,7 +15,7 @@ class DataError(Exception):
     """The data cannot serve the configuration; the message is one line that names the cure."""
 
 
-def at_least(minimum: int, **settings: int | None) -> None:
+def at_least(minimum: int, **settings: float | None) -> None:
     """Refuse settings below a minimum, before any work; None passes.
 
     Raises:

@@ -59,6 +59,9 @@ class GRUCell(nn.Module):
         weight_norm: weights are directions and lengths, a length for each row (Salimans and Kingma, NeurIPS 2016).
         memory: steps T that units are to remember things for at first: update gates start from biases of
             log(U(1, T - 1)) (Tallec and Ollivier, ICLR 2018). None leaves them as ``nn.GRU`` has them.
+        input_scale: deviation of the weights of inputs at first, with orthogonal recurrent weights and biases of 0. For
+            inputs most of which are 0 at a time, as one-hot ones: by ``nn.GRU``'s weights, of deviation
+            (3 hidden)^-0.5, gates hardly tell one from another. None leaves them so.
     """
 
     weight_ih: Tensor
@@ -73,14 +76,22 @@ class GRUCell(nn.Module):
         activation: Literal["tanh", "relu"] = "tanh",
         weight_norm: bool = False,
         memory: int | None = None,
+        input_scale: float | None = None,
     ) -> None:
         super().__init__()
         at_least(1, inputs=inputs, hidden=hidden)
         at_least(3, memory=memory)
+        at_least(0, input_scale=input_scale)
         like = nn.GRU(inputs, hidden)
         self.weight_ih, self.weight_hh = like.weight_ih_l0, like.weight_hh_l0
         self.bias_ih, self.bias_hh = like.bias_ih_l0, like.bias_hh_l0
         self.activation = getattr(torch, activation)
+        if input_scale is not None:
+            nn.init.normal_(self.weight_ih, std=input_scale)
+            for gate in self.weight_hh.detach().chunk(3):
+                nn.init.orthogonal_(gate)
+            for bias in (self.bias_ih, self.bias_hh):
+                nn.init.zeros_(bias)
         if memory is not None:
             with torch.no_grad():
                 self.bias_hh[hidden : 2 * hidden] = 0
@@ -103,7 +114,7 @@ class GRUCell(nn.Module):
         return torch.stack(states)
 
     def _project(self, x: Tensor) -> Tensor:
-        # In the precision of x whatever autocast makes of it, and with it gates and states: in 8 bits a gate above 0.998
+        # In the precision of x whatever autocast makes of it, and so are gates and states: in 8 bits a gate above 0.998
         # is 1, and small changes of a state are lost.
         return F.linear(x, self.weight_ih, self.bias_ih).to(x.dtype)
 
@@ -113,3 +124,25 @@ class GRUCell(nn.Module):
         update = torch.sigmoid(update_x + update_h)
         new = self.activation(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
         return new + update * (h - new)
+
+
+class Readout(nn.Module):
+    """Features of a recurrent network's state, (…, size), of which outputs are linear.
+
+    Args:
+        hidden, inputs: sizes of state and input.
+        units: of a rectified layer that sees the input beside the state, from standard normal weights for the input:
+            then what is read from the state depends on the input from the start. None for the state itself.
+    """
+
+    def __init__(self, hidden: int, inputs: int, units: int | None) -> None:
+        super().__init__()
+        at_least(1, units=units)
+        self.size = units or hidden
+        self.layer = None if units is None else nn.Linear(hidden + inputs, units)
+        if self.layer is not None:
+            nn.init.normal_(self.layer.weight.detach()[:, hidden:])
+
+    def forward(self, state: Tensor, x: Tensor) -> Tensor:
+        """From states (…, hidden) and inputs (…, inputs)."""
+        return state if self.layer is None else torch.relu(self.layer(torch.cat([state, x], -1)))

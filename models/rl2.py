@@ -18,18 +18,20 @@ from models.policies import (
     Actions,
     clipped_objective,
     draws_per_action,
+    encode,
     generalized_advantages,
     single,
 )
-from models.recurrent import GRUCell
+from models.recurrent import GRUCell, Readout
 from models.reinforcement import ReinforcementLearner, Seen, Trial, run_trial
 
 
 class Rollout(NamedTuple):
-    """What a meta-update learns from: inputs (steps, N, …), actions, and their distributions when they were taken."""
+    """What a meta-update learns from, (steps, N, …): inputs, actions, rewards, and what actions were drawn from."""
 
     inputs: Tensor
     action: Tensor
+    reward: Tensor
     old: Actions
     advantage: Tensor
     value_target: Tensor
@@ -37,9 +39,9 @@ class Rollout(NamedTuple):
     def of(self, rows: Tensor) -> Rollout:
         """Of some of the N trials, whole."""
         old = type(self.old)(*(part[:, rows] for part in self.old))
-        parts = (self.inputs, self.action, self.advantage, self.value_target)
-        inputs, action, advantage, target = (part[:, rows] for part in parts)
-        return Rollout(inputs, action, old, advantage, target)
+        parts = (self.inputs, self.action, self.reward, self.advantage, self.value_target)
+        inputs, action, reward, advantage, target = (part[:, rows] for part in parts)
+        return Rollout(inputs, action, reward, old, advantage, target)
 
 
 class RecurrentAgent:
@@ -57,7 +59,7 @@ class RecurrentAgent:
     def act(self, memory: Tensor, seen: Seen, draws: Tensor) -> tuple[Tensor, Tensor, Any]:
         inputs = self.learner.inputs(seen)
         memory = self.learner.policy(inputs, memory.to(inputs))
-        choice = self.learner.head(memory)
+        choice = self.learner.head(self.learner.readout(memory, inputs))
         return memory, choice.mode() if self.greedy else choice.sample(draws), choice
 
 
@@ -71,13 +73,18 @@ class RL2(ReinforcementLearner):
     Args:
         observations, actions, discrete: of the environments.
         hidden: units of the gated recurrent networks, of policy and value.
-        activation, weight_norm, memory: of these, see GRUCell; the paper has relu, with weight normalisation.
+        activation, weight_norm, memory, input_scale: of these, see GRUCell; the paper has relu, with weight
+            normalisation.
+        readout: units of a layer between each network and its output, see Readout; None in the paper.
         discount: γ, over the whole trial.
         decay: λ of the advantages; 1 on bandits, 0.3 on tabular MDPs.
         clip: of the ratio of probabilities.
         kl_limit: further epochs on the same trials end when the policy is further from the one that acted, nats.
         epochs, minibatches: passes over the trials of a meta-update, and parts that each is made in.
         entropy: weight of the policy's entropy in what is maximised.
+        reward_prediction: weight of the squared error of rewards as the policy's network foresees them, for each action
+            before one is taken; 0 in the paper. What has to be remembered of a task to foresee its rewards is learned
+            sooner from them than from returns.
         max_grad_norm: of policy and value together; None leaves gradients as they are.
         greedy: the likeliest action in evaluation, not one drawn.
         **others: see ReinforcementLearner.
@@ -100,6 +107,8 @@ class RL2(ReinforcementLearner):
         activation: Literal["tanh", "relu"] = "tanh",
         weight_norm: bool = False,
         memory: int | None = None,
+        input_scale: float | None = None,
+        readout: int | None = None,
         discount: float = 0.99,
         decay: float = 1.0,
         clip: float = 0.2,
@@ -107,21 +116,28 @@ class RL2(ReinforcementLearner):
         epochs: int = 5,
         minibatches: int = 4,
         entropy: float = 0.0,
+        reward_prediction: float = 0.0,
         max_grad_norm: float | None = 1.0,
         greedy: bool = False,
         **others: Any,
     ) -> None:
         super().__init__(observations, actions, discrete, **others)
         at_least(1, hidden=hidden, epochs=epochs, minibatches=minibatches)
+        at_least(0, reward_prediction=reward_prediction)
         self.automatic_optimization = False  # several updates on the same trials
         self.discount, self.decay, self.clip, self.kl_limit = discount, decay, clip, kl_limit
         self.epochs, self.minibatches, self.entropy = epochs, minibatches, entropy
         self.max_grad_norm, self.greedy = max_grad_norm, greedy
         inputs = observations + actions + 2
-        self.policy = GRUCell(inputs, hidden, activation, weight_norm, memory)
-        self.head = ActionHead(hidden, actions, discrete)
-        self.critic = GRUCell(inputs, hidden, activation, weight_norm, memory)
-        self.value = nn.Linear(hidden, 1)
+        self.policy, self.critic = (
+            GRUCell(inputs, hidden, activation, weight_norm, memory, input_scale) for _ in range(2)
+        )
+        self.readout, self.critic_readout = (Readout(hidden, inputs, readout) for _ in range(2))
+        self.head = ActionHead(self.readout.size, actions, discrete)
+        self.value = nn.Linear(self.critic_readout.size, 1)
+        self.reward_prediction = reward_prediction
+        # Of each action and, where actions are continuous, of none.
+        self.foreseen = nn.Linear(self.readout.size, actions + (not discrete)) if reward_prediction else None
 
     def inputs(self, seen: Seen) -> Tensor:
         """What the networks take, (…, observations + actions + 2)."""
@@ -132,7 +148,7 @@ class RL2(ReinforcementLearner):
 
     def values(self, inputs: Tensor) -> Tensor:
         """Of the states along trials, (steps, N), in units of what a reward of 1 at each step comes to."""
-        return single(self.value(self.critic.run(inputs)).squeeze(-1))
+        return single(self.value(self.critic_readout(self.critic.run(inputs), inputs)).squeeze(-1))
 
     def rollout(self, trial: Trial) -> Rollout:
         """What is learned from a trial, (steps, N, …); advantages are not yet normalised."""
@@ -140,7 +156,7 @@ class RL2(ReinforcementLearner):
         unit = sum(self.discount**t for t in range(len(trial.reward)))
         values = unit * self.values(inputs)
         advantages = generalized_advantages(trial.reward, values, self.discount, self.decay)
-        return Rollout(inputs, trial.action, trial.told, advantages, (advantages + values) / unit)
+        return Rollout(inputs, trial.action, trial.reward, trial.told, advantages, (advantages + values) / unit)
 
     def on_fit_start(self) -> None:
         processes, trials = self.trainer.world_size, cast(Any, self.trainer).datamodule.meta_batch_size
@@ -178,11 +194,22 @@ class RL2(ReinforcementLearner):
 
     def losses(self, part: Rollout) -> tuple[Tensor, Tensor]:
         """What is minimised, and the divergence of the policy from the one that acted, nats: scalars."""
-        now = self.head(self.policy.run(part.inputs))
+        features = self.readout(self.policy.run(part.inputs), part.inputs)
+        now = self.head(features)
         log_ratio = now.log_prob(part.action) - part.old.log_prob(part.action)
         gain = clipped_objective(log_ratio, part.advantage, self.clip).mean() + self.entropy * now.entropy().mean()
         loss = F.mse_loss(self.values(part.inputs), part.value_target) - gain
+        if self.foreseen is not None:
+            loss = loss + self.reward_prediction * F.mse_loss(self.rewards(features, part.action), part.reward)
         return loss, part.old.kl(now).mean()  # pyright: ignore[reportArgumentType]
+
+    def rewards(self, features: Tensor, action: Tensor) -> Tensor:
+        """As they are foreseen of actions, (steps, N): linear in what an action is encoded as."""
+        assert self.foreseen is not None and self.actions is not None
+        foreseen, taken = single(self.foreseen(features)), encode(action, self.actions, self.discrete)
+        if not self.discrete:
+            taken = F.pad(taken, (0, 1), value=1.0)
+        return (foreseen * taken).sum(-1)
 
     def _parts(self, rollout: Rollout, trials: int) -> Iterator[tuple[Rollout, bool]]:
         """The trials of each update, and whether it is the last."""

@@ -78,7 +78,7 @@ def test_a_run_is_that_of_torchs_gru(start):
         torch.testing.assert_close(parameter.grad, getattr(theirs, f"{name}_l0").grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("settings", [{}, {"activation": "relu"}, {"weight_norm": True}])
+@pytest.mark.parametrize("settings", [{}, {"activation": "relu"}, {"weight_norm": True, "input_scale": 1.0}])
 def test_a_run_is_its_steps(settings):
     """Catches an agent, which goes step by step, that is not the network that learns, which goes along the trial."""
     cell = gru(**settings)
@@ -141,9 +141,22 @@ def test_memory_is_how_long_units_keep_what_they_have():
         gru(memory=2)
 
 
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_input_scale_is_the_deviation_of_weights_of_inputs(weight_norm):
+    """Catches a scale of variances, one that reaches the recurrent weights, lengths that undo it, and gates whose
+    recurrent weights are orthogonal together but not each."""
+    torch.manual_seed(3)
+    cell = GRUCell(50, 40, weight_norm=weight_norm, memory=10, input_scale=0.5)
+    assert cell.weight_ih.std().item() == pytest.approx(0.5, rel=0.03)
+    for gate in cell.weight_hh.detach().chunk(3):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(40), rtol=0, atol=1e-5)
+    gates = (cell.bias_ih + cell.bias_hh).detach().chunk(3)
+    assert not gates[0].any() and not gates[2].any() and gates[1].min() > 0  # memory is not undone
+
+
 def test_small_changes_add_up_under_autocast():
-    """Catches a state or gates of 8 bits: one that moves by a thousandth of what is left at each step would stand still at 0.87.
-    Learning has to see the states that acting went through."""
+    """Catches a state or gates of 8 bits: one that moves by a thousandth of what is left at each step would stand still
+    at 0.87. Learning has to see the states that acting went through."""
     cell = gru(1).float()
     with torch.no_grad():
         for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh):

@@ -27,6 +27,7 @@ SIZES_OF = {
     "mdp": lambda **more: TabularMDPs(states=4, actions=3, horizon=3, episodes=3, **more),
     "navigation": lambda **more: PointRobot(horizon=3, episodes=3, train_tasks=None, **more),
 }
+SEEING = {"readout": 7, "reward_prediction": 0.7}
 EVERY = pytest.mark.parametrize("family", SIZES_OF)
 
 
@@ -38,6 +39,11 @@ def learner(data, seed: int = 1, scale: float = 1.0, **settings) -> RL2:
     with torch.no_grad():
         made.head.linear.weight.mul_(100 * scale)
     return made
+
+
+def distribution(made: RL2, inputs):
+    """Over actions, along trials."""
+    return made.head(made.readout(made.policy.run(inputs), inputs))
 
 
 def tasks(data, indices=range(6), split: str = "train"):
@@ -82,14 +88,14 @@ def test_inputs_are_those_of_the_paper(family):
 
 
 @EVERY
-@pytest.mark.parametrize("settings", [{}, {"activation": "relu", "weight_norm": True}])
+@pytest.mark.parametrize("settings", [{}, {"activation": "relu", "weight_norm": True, "input_scale": 1.0}, SEEING])
 def test_what_learns_is_what_acted(family, settings):
     """Catches a state that is reset between episodes, or between acting and learning: distributions along recorded
     trials are those that the actions were drawn from, so that every first ratio is 1."""
     data = SIZES_OF[family]()
     made = learner(data, **settings)
     trial = trial_of(made, tasks(data))
-    again = made.head(made.policy.run(made.inputs(trial.seen)))
+    again = distribution(made, made.inputs(trial.seen))
     for one, other in zip(again, trial.told, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert again[0].detach().std(0).min() > 1e-4  # they do change along the trial
@@ -120,7 +126,7 @@ def test_later_choices_depend_on_the_first_episode():
     changed = inputs.clone()
     changed[1, :, 3] = 1 - changed[1, :, 3]  # the first pull's reward
     with torch.no_grad():
-        last, other = (made.head(made.policy.run(x)).logits[-1] for x in (inputs, changed))
+        last, other = (distribution(made, x).logits[-1] for x in (inputs, changed))
     assert ((last - other).abs().amax(-1) > 1e-4).all()
 
 
@@ -156,8 +162,26 @@ def test_greedy_is_of_evaluation_alone(family):
 # What is minimised --------------------------------------------------------------------------------------------------
 
 
-def restated_loss(made: RL2, part: Rollout, logits, values, discount: float) -> tuple[float, float]:
-    """Loss and divergence in loops, from logits (steps, N, actions) and the value network's outputs (steps, N)."""
+def outputs(made: RL2, inputs):
+    """Logits (steps, N, actions), values (steps, N) and foreseen rewards (steps, N, actions), by NumPy from states."""
+
+    def features(layer, cell):
+        states, x = cell.run(inputs).numpy(), inputs.numpy()
+        if layer is None:
+            return states
+        weight, bias = layer.weight.numpy(), layer.bias.numpy()
+        return np.maximum(0, states @ weight[:, :6].T + x @ weight[:, 6:].T + bias)
+
+    def linear(layer, features):
+        return features @ layer.weight.numpy().T + layer.bias.numpy()
+
+    of_policy, of_critic = features(made.readout.layer, made.policy), features(made.critic_readout.layer, made.critic)
+    foreseen = None if made.foreseen is None else linear(made.foreseen, of_policy)
+    return linear(made.head.linear, of_policy), linear(made.value, of_critic)[..., 0], foreseen
+
+
+def restated_loss(made: RL2, part: Rollout, logits, values, foreseen) -> tuple[float, float]:
+    """Loss and divergence in loops, from what ``outputs`` gives."""
     steps, count = part.action.shape
     gain, entropy, error, kl = 0.0, 0.0, 0.0, 0.0
     for t in range(steps):
@@ -169,20 +193,23 @@ def restated_loss(made: RL2, part: Rollout, logits, values, discount: float) -> 
             entropy -= float((new * np.log(new)).sum())
             kl += float((old * np.log(old / new)).sum())
             error += (values[t, n] - part.value_target[t, n].item()) ** 2
+            if foreseen is not None:
+                error += made.reward_prediction * (foreseen[t, n, action] - part.reward[t, n].item()) ** 2
     total = steps * count
     return (error - gain - made.entropy * entropy) / total, kl / total
 
 
-@pytest.mark.parametrize(("discount", "decay"), [(0.9, 0.3), (0.99, 1.0)])
-def test_losses_are_those_written_out(discount, decay):
+@pytest.mark.parametrize(("discount", "decay", "settings"), [(0.9, 0.3, {}), (0.99, 1.0, {}), (0.9, 0.3, SEEING)])
+def test_losses_are_those_written_out(discount, decay, settings):
     """Catches a mean over other steps, a sign, a value in another unit than its target, a divergence the wrong way
-    round, and an entropy that is not weighed; after a step, so that ratios are clipped."""
+    round, an entropy that is not weighed, a reward foreseen of another action or of the step before, and a layer that
+    policy and value share; after a step, so that ratios are clipped."""
     data = SIZES_OF["mdp"]()
-    made = learner(data, discount=discount, decay=decay, entropy=0.05, clip=0.1)
+    made = learner(data, discount=discount, decay=decay, entropy=0.05, clip=0.1, **settings)
     trial = trial_of(made, tasks(data))
     with torch.no_grad():
         rollout = made.rollout(trial)
-        values = made.value(made.critic.run(rollout.inputs))[..., 0].numpy()
+        _, values, _ = outputs(made, rollout.inputs)
     steps = len(trial.reward)
     unit = sum(discount**t for t in range(steps))
     for n in range(6):
@@ -201,12 +228,11 @@ def test_losses_are_those_written_out(discount, decay):
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        logits = made.head(made.policy.run(rollout.inputs)).logits.numpy()
-        values = made.value(made.critic.run(rollout.inputs))[..., 0].numpy()
+        logits, values, foreseen = outputs(made, rollout.inputs)
         loss, kl = made.losses(rollout)
     ratio = (logits - rollout.old.logits.numpy()).max()
     assert ratio > 0.1
-    expected = restated_loss(made, rollout, logits, values, discount)
+    expected = restated_loss(made, rollout, logits, values, foreseen)
     assert loss.item() == pytest.approx(expected[0], rel=1e-9)
     assert kl.item() == pytest.approx(expected[1], rel=1e-7)
     assert kl > 1e-3
@@ -218,6 +244,8 @@ def test_losses_are_those_written_out(discount, decay):
         ("bandit", {}),
         ("mdp", {"activation": "relu", "weight_norm": True}),
         ("navigation", {"weight_norm": True}),
+        ("mdp", SEEING),
+        ("navigation", SEEING),
     ],
 )
 def test_the_gradient_is_that_of_finite_differences(family, settings):
@@ -243,6 +271,17 @@ def test_the_gradient_is_that_of_finite_differences(family, settings):
         assert exact == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=2e-8), name
 
 
+def test_rewards_of_continuous_actions_are_foreseen_by_what_is_taken():
+    """Catches a reward that does not depend on the action, and none where the action is 0."""
+    data = SIZES_OF["navigation"]()
+    made = learner(data, **SEEING)
+    features = torch.randn(3, 5, 7, dtype=torch.float64)
+    action = torch.randn(3, 5, 2, dtype=torch.float64)
+    x, y, nothing = (features @ made.foreseen.weight.T + made.foreseen.bias).unbind(-1)
+    expected = x * action[..., 0] + y * action[..., 1] + nothing
+    torch.testing.assert_close(made.rewards(features, action), expected, rtol=1e-12, atol=1e-12)
+
+
 def known(made: RL2, probability: float) -> None:
     """The policy takes arm 0 of 2 with this probability, whatever it sees."""
     with torch.no_grad():
@@ -260,9 +299,9 @@ def test_the_policy_gradient_of_one_pull_is_the_analytic_one(baseline):
     known(made, 0.25)
     action = torch.tensor([[0, 1, 1, 1]])
     inputs = torch.zeros(1, 4, 4, dtype=torch.float64)
-    old = Categorical(made.head(made.policy.run(inputs)).logits.detach())
-    advantage = (action == 0).double() - baseline
-    loss, kl = made.losses(Rollout(inputs, action, old, advantage, torch.zeros(1, 4, dtype=torch.float64)))
+    old = Categorical(distribution(made, inputs).logits.detach())
+    reward = (action == 0).double()
+    loss, kl = made.losses(Rollout(inputs, action, reward, old, reward - baseline, torch.zeros_like(reward)))
     loss.backward()
     torch.testing.assert_close(made.head.linear.bias.grad, torch.tensor([-0.1875, 0.1875], dtype=torch.float64))
     assert kl.item() == pytest.approx(0, abs=1e-15)
