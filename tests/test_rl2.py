@@ -275,6 +275,7 @@ def test_rewards_of_continuous_actions_are_foreseen_by_what_is_taken():
     """Catches a reward that does not depend on the action, and none where the action is 0."""
     data = SIZES_OF["navigation"]()
     made = learner(data, **SEEING)
+    assert made.foreseen is not None
     features = torch.randn(3, 5, 7, dtype=torch.float64)
     action = torch.randn(3, 5, 2, dtype=torch.float64)
     x, y, nothing = (features @ made.foreseen.weight.T + made.foreseen.bias).unbind(-1)
