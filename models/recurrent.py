@@ -81,7 +81,8 @@ class GRUCell(nn.Module):
         super().__init__()
         at_least(1, inputs=inputs, hidden=hidden)
         at_least(3, memory=memory)
-        at_least(0, input_scale=input_scale)
+        if input_scale is not None and input_scale <= 0:
+            raise ValueError(f"input_scale is {input_scale} but must be above 0")
         like = nn.GRU(inputs, hidden)
         self.weight_ih, self.weight_hh = like.weight_ih_l0, like.weight_hh_l0
         self.bias_ih, self.bias_hh = like.bias_ih_l0, like.bias_hh_l0

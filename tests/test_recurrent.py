@@ -144,7 +144,9 @@ def test_memory_is_how_long_units_keep_what_they_have():
 @pytest.mark.parametrize("weight_norm", [False, True])
 def test_input_scale_is_the_deviation_of_weights_of_inputs(weight_norm):
     """Catches a scale of variances, one that reaches the recurrent weights, lengths that undo it, and gates whose
-    recurrent weights are orthogonal together but not each."""
+    recurrent weights are orthogonal together but not each, and a scale of 0, whose rows have no direction."""
+    with pytest.raises(ValueError, match="input_scale is 0 but must be above 0"):
+        GRUCell(50, 40, weight_norm=weight_norm, input_scale=0)
     torch.manual_seed(3)
     cell = GRUCell(50, 40, weight_norm=weight_norm, memory=10, input_scale=0.5)
     assert cell.weight_ih.std().item() == pytest.approx(0.5, rel=0.03)
