@@ -1,5 +1,3 @@
-"""Everything that is neither an algorithm nor data: command line, run directory, callbacks, evaluation, prediction."""
+"""Commands, and what they share: command line, runs, plots, dashboard."""
 
-from app.runtime import prepare
-
-prepare()  # before anything imports torchmetrics, and so before pytorch_lightning
+import datamodules.core  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)

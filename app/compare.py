@@ -24,13 +24,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from app import figures, figures_rl
-from app.cli import one_line_errors
-from app.dashboards_rl import optimum_of
-from app.metrics import POOLED, aggregate, interval, resampled
-from app.progress import headline_text
-from app.run import EVALUATIONS, ConfigError, slug, write_atomically
-from app.tested import SETTINGS, Evaluation, refuse_other_tasks
+from app.cli.suggestions import one_line_errors
+from app.dashboard.reinforcement import optimum_of
+from app.plots import reinforcement as figures_rl
+from app.plots import results, style
+from app.runs.directory import EVALUATIONS, slug
+from app.runs.evaluation_record import SETTINGS, Evaluation, refuse_other_tasks
+from app.runs.progress import headline_text
+from datamodules.core.errors import ConfigError
+from datamodules.core.files import write_atomically
+from models.core.metrics import POOLED, aggregate, interval, resampled
 
 
 def difference(name: str, first: Tensor, second: Tensor) -> tuple[float, float]:
@@ -165,10 +168,10 @@ def leave(evaluations: Sequence[Evaluation], out: Path, command: str) -> None:
         write_atomically(out / "comparison.json", json.dumps(content, indent=2) + "\n")
         write_atomically(out / "comparison.csv", as_csv(content))
         over = f"{content['data']}, the same {content['tasks']:,} meta-test tasks"
-        figures.save(figures.comparison(content["learners"], content["differences"], over), out / "comparison.png")
+        style.save(results.comparison(content["learners"], content["differences"], over), out / "comparison.png")
         written = "comparison.json, .csv, .png"
         if (along := returns(evaluations)) is not None:
-            figures.save(figures_rl.returns_of_several(*along, over), out / "returns.png")
+            style.save(figures_rl.returns_of_several(*along, over), out / "returns.png")
             written += ", returns.png"
     except OSError as error:
         raise ConfigError(f"cannot write into {out} ({error.strerror}): give another --out") from error

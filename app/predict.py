@@ -26,13 +26,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from app.cli import one_line_errors, quiet_lightning
-from app.evaluate import FromCheckpoint, Options, Trained, fits, open_checkpoint, restore
-from app.report import versions
-from app.run import ConfigError, write_atomically
-from datamodules.episodes import Support
-from datamodules.images import ImageDataModule
-from models.base import MetaLearner
+from app.cli.builder import quiet_lightning
+from app.cli.from_checkpoint import FromCheckpoint, Options, Trained, fits, open_checkpoint, restore
+from app.cli.suggestions import one_line_errors
+from app.runs.results import versions
+from datamodules.core.episodes import Support
+from datamodules.core.errors import ConfigError
+from datamodules.core.files import write_atomically
+from datamodules.images.tasks import ImageDataModule
+from models.core.learner import MetaLearner
 
 QUERY_BATCH = 256
 ROWS = 100  # of the table on the screen; the files hold all

@@ -222,8 +222,8 @@ def agree(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
 
 def load_learn2learn() -> ModuleType:
     """learn2learn, made importable beside a torchvision whose operators do not load; nothing else of ``app`` is run."""
-    if "app.runtime" not in sys.modules and "learn2learn" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("_runtime", ROOT / "app" / "runtime.py")
+    if "datamodules.core.runtime" not in sys.modules and "learn2learn" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("_runtime", ROOT / "datamodules" / "core" / "runtime.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -447,7 +447,7 @@ def by_task(episodes: Any) -> list[Tensors]:
 
 def stack_tasks(tasks: Iterable[Tensors], ways: int, device: str) -> Any:
     """The meta-batch that ``by_task`` took apart."""
-    from datamodules.episodes import Episodes
+    from datamodules.core.episodes import Episodes
 
     parts = [torch.stack(part).to(device) for part in zip(*tasks, strict=True)]
     return Episodes(*parts, index=torch.arange(len(parts[0])), ways=ways, meta_batch=len(parts[0]))
@@ -534,7 +534,7 @@ def measure_trainer(
     import pytorch_lightning as pl
     import rich.console
 
-    from app.cli import MetaboltCLI, quiet_lightning
+    from app.cli.builder import MetaboltCLI, quiet_lightning
 
     class Interleave(pl.Callback):
         def __init__(self, others: dict[str, Callable[[], float]]) -> None:

@@ -31,8 +31,8 @@ from torch import Tensor
 import app  # noqa: F401  first, as in a run
 from benchmarks.common import ROOT, Report, Row, alternate, arguments, timed
 from datamodules import Bandits, HalfCheetahVelocity, PointRobot, TabularMDPs
-from datamodules.environments import Environments
-from datamodules.navigation import STRIDE
+from datamodules.reinforcement.environments import Environments
+from datamodules.reinforcement.navigation import STRIDE
 
 # The same tasks for gymnasium --------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ def throughput(report: Report, name: str, family: Family, args: Any) -> None:
 
 def half_cheetah(report: Report, args: Any) -> None:
     """Rows of a physics engine, whose steps cost the same on both sides: what stepping them together adds."""
-    from datamodules.half_cheetah_envs import HalfCheetahVelocityEnv
+    from datamodules.reinforcement.half_cheetah_envs import HalfCheetahVelocityEnv
 
     rows, horizon = (2, 3) if args.quick else (32, 50)
     data = {p: HalfCheetahVelocity(horizon=horizon, episodes=1, processes=p) for p in (0, 2)}
@@ -271,7 +271,7 @@ def half_cheetah(report: Report, args: Any) -> None:
 
 RL2 = ["--model", "models.RL2", "--model.epochs", "5", "--model.minibatches", "4", "--model.hidden", "64"]
 PROFILES = {
-    "bandit, 10 pulls": ["--config", str(ROOT / "configs/rl2/bandit-10pulls-5arms-short.yaml")],
+    "bandit, 10 pulls": ["--config", str(ROOT / "configs/reinforcement/rl2/bandit-10pulls-5arms-short.yaml")],
     "MDP, 10 episodes": [
         *(*RL2, "--model.observations", "10", "--model.actions", "5", "--data", "datamodules.TabularMDPs"),
         *("--data.meta_batch_size", "250"),
@@ -280,7 +280,7 @@ PROFILES = {
         *(*RL2, "--model.observations", "2", "--model.actions", "2", "--model.discrete", "false"),
         *("--data", "datamodules.PointRobot", "--data.meta_batch_size", "400"),
     ],
-    "half-cheetah": ["--config", str(ROOT / "configs/rl2/half-cheetah-velocity-short.yaml")],
+    "half-cheetah": ["--config", str(ROOT / "configs/reinforcement/rl2/half-cheetah-velocity-short.yaml")],
 }
 PARTS = {
     "environment": "starts, steps, observations",
@@ -315,7 +315,7 @@ def profile(flags: Sequence[str], quick: bool, seconds: float) -> dict[str, list
     """Seconds of each part of a meta-iteration, one of each iteration but for the first."""
     import pytorch_lightning as pl
 
-    from app.cli import MetaboltCLI, quiet_lightning
+    from app.cli.builder import MetaboltCLI, quiet_lightning
 
     clock, times = Clock(), defaultdict(list)
 
@@ -346,8 +346,11 @@ def profile(flags: Sequence[str], quick: bool, seconds: float) -> dict[str, list
     own += ["--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000"]
     if quick:
         own += ["--data.meta_batch_size", "8"]
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as runs, mock.patch("models.rl2.run_trial") as trial:
-        from models.reinforcement import run_trial
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-") as runs,
+        mock.patch("models.reinforcement.rl2.run_trial") as trial,
+    ):
+        from models.reinforcement.trials import run_trial
 
         trial.side_effect = clock.of("trial", run_trial)
         cli = MetaboltCLI([*flags, *own, "--runs", runs])

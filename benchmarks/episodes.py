@@ -26,8 +26,8 @@ from torch import Tensor
 
 import app  # noqa: F401  first, as in a run
 from benchmarks.common import Report, Row, alternate, arguments, memory_taskset, png_taskset, png_tree, timed
-from datamodules.episodes import Episodes
-from datamodules.omniglot import CHARACTERS, Omniglot
+from datamodules.core.episodes import Episodes
+from datamodules.images.omniglot import CHARACTERS, Omniglot
 
 DRAWINGS = 200  # distinct ones of the generated data; its files share them
 

@@ -59,24 +59,24 @@ class Learner:
 RATE = 0.0625  # that Meta-SGD's rates start from
 WHOLE = ("--model.init_args.adapt_normalization", "true")
 LEARNERS = {
-    "MAML": Learner("maml/omniglot-5way-1shot", WHOLE, "MAML"),
-    "FOMAML": Learner("fomaml/omniglot-5way-1shot", WHOLE, "FOMAML"),
-    "MAML++": Learner("mamlpp/omniglot-5way-1shot", ("--model.init_args.first_order_updates", "0")),
-    "ANIL": Learner("anil/omniglot-5way-1shot", (), "ANIL"),
+    "MAML": Learner("optimization/maml/omniglot-5way-1shot", WHOLE, "MAML"),
+    "FOMAML": Learner("optimization/fomaml/omniglot-5way-1shot", WHOLE, "FOMAML"),
+    "MAML++": Learner("optimization/mamlpp/omniglot-5way-1shot", ("--model.init_args.first_order_updates", "0")),
+    "ANIL": Learner("optimization/anil/omniglot-5way-1shot", (), "ANIL"),
     "Meta-SGD": Learner(
-        "meta_sgd/omniglot-5way-1shot", (*WHOLE, "--model.init_args.inner_rate", str(RATE)), "Meta-SGD"
+        "optimization/meta_sgd/omniglot-5way-1shot", (*WHOLE, "--model.init_args.inner_rate", str(RATE)), "Meta-SGD"
     ),
-    "Reptile": Learner("reptile/omniglot-5way-1shot"),
-    "iMAML": Learner("imaml/omniglot-5way-1shot"),
-    "BMAML": Learner("bmaml/omniglot-5way-1shot"),
-    "ABML": Learner("abml/omniglot-5way-1shot"),
-    "ProtoNet": Learner("protonet/omniglot-60way-1shot"),
+    "Reptile": Learner("optimization/reptile/omniglot-5way-1shot"),
+    "iMAML": Learner("optimization/imaml/omniglot-5way-1shot"),
+    "BMAML": Learner("bayesian/bmaml/omniglot-5way-1shot"),
+    "ABML": Learner("bayesian/abml/omniglot-5way-1shot"),
+    "ProtoNet": Learner("metric/protonet/omniglot-60way-1shot"),
 }
 
 
 def build(flags: Sequence[str]) -> Any:
     """The command line's learner and data."""
-    from app.cli import MetaboltCLI
+    from app.cli.builder import MetaboltCLI
 
     own = ("--wandb", "off", "--runs", tempfile.gettempdir(), "--trainer.accelerator", "cpu")
     return MetaboltCLI([*flags, *own])
@@ -84,7 +84,7 @@ def build(flags: Sequence[str]) -> Any:
 
 def random_tasks(data: Any, tasks: int) -> Any:
     """A meta-batch of random images of the shape that this data has in training."""
-    from datamodules.episodes import Episodes
+    from datamodules.core.episodes import Episodes
 
     generator = torch.Generator().manual_seed(0)
     label = torch.arange(data.train_ways)

@@ -45,10 +45,10 @@ from benchmarks.common import (
     trainer_rows,
 )
 from benchmarks.episodes import Data, Sampler, in_memory, omniglot
-from datamodules.episodes import Episodes
+from datamodules.core.episodes import Episodes
 from models import MAML, Conv4
 
-CONFIG = "configs/maml/omniglot-5way-1shot.yaml"
+CONFIG = "configs/optimization/maml/omniglot-5way-1shot.yaml"
 WAYS, SHOTS, RATE, TASKS = 5, 1, 0.4, 32
 TARGETS = {1: (1.7, 2.0), 15: (1.1, None)}  # by queries per class: in the same process, and in learn2learn's own
 

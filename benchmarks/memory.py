@@ -20,9 +20,9 @@ import torch
 from matplotlib.figure import Figure
 
 import app  # noqa: F401  first, as in a run
-from app.figures import ACCENT, INK, MAIN, STYLE, save
+from app.plots.style import ACCENT, INK, MAIN, STYLE, save
 from benchmarks.common import MetaStep, Report, Row, Worker, alternate, arguments
-from datamodules.episodes import Episodes
+from datamodules.core.episodes import Episodes
 from models import IMAML, MAML, Conv4
 
 STEPS, FEW = (1, 2, 4, 8, 16, 32, 64), 4

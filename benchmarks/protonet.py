@@ -47,10 +47,10 @@ from benchmarks.common import (
     trainer_rows,
 )
 from benchmarks.episodes import Data, Sampler, in_memory, omniglot
-from datamodules.episodes import Episodes
+from datamodules.core.episodes import Episodes
 from models import Conv4, ProtoNet
 
-CONFIG = "configs/protonet/omniglot-60way-1shot.yaml"
+CONFIG = "configs/metric/protonet/omniglot-60way-1shot.yaml"
 
 
 class Shape(NamedTuple):

@@ -27,11 +27,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from app.metrics import interval
 from datamodules import Bandits, TabularMDPs
-from datamodules.environments import EnvironmentDataModule
+from datamodules.reinforcement.environments import EnvironmentDataModule
 from models import BanditStrategy, MDPStrategy, ReinforcementLearner
-from models.reinforcement import run_trial
+from models.core.metrics import interval
+from models.reinforcement.trials import run_trial
 
 # Duan et al. (2016), tables 1 and 2: total reward of a trial, by pulls and arms, and by episodes.
 COLUMNS = ("random", "gittins", "thompson", "likeliest-thompson", "ucb1", "epsilon-greedy", "greedy")

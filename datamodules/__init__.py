@@ -1,20 +1,20 @@
 """One file per task distribution; each data module is found here by name."""
 
-import app  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
-from datamodules.bandits import Bandits
-from datamodules.base import DataError, EpisodicDataModule
-from datamodules.environments import EnvironmentDataModule
-from datamodules.glyphs import Glyphs
-from datamodules.gymnasium_tasks import GymnasiumTasks
-from datamodules.half_cheetah import HalfCheetahDirection, HalfCheetahVelocity
-from datamodules.image_folder import ImageFolder
-from datamodules.images import ImageDataModule
-from datamodules.learn2learn_tasksets import Learn2LearnTasksets
-from datamodules.mdps import TabularMDPs
-from datamodules.mixture import Domain, ImageMixture
-from datamodules.navigation import PointRobot
-from datamodules.omniglot import Omniglot
-from datamodules.regression import FourFamily, HarderSinusoid, Linear, Sinusoid
+from datamodules.core.base import EpisodicDataModule
+from datamodules.core.errors import DataError
+from datamodules.images.glyphs import Glyphs
+from datamodules.images.image_folder import ImageFolder
+from datamodules.images.learn2learn_tasksets import Learn2LearnTasksets
+from datamodules.images.multi_domain import Domain, ImageMixture
+from datamodules.images.omniglot import Omniglot
+from datamodules.images.tasks import ImageDataModule
+from datamodules.regression.functions import FourFamily, HarderSinusoid, Linear, Sinusoid
+from datamodules.reinforcement.bandits import Bandits
+from datamodules.reinforcement.environments import EnvironmentDataModule
+from datamodules.reinforcement.gymnasium_tasks import GymnasiumTasks
+from datamodules.reinforcement.half_cheetah import HalfCheetahDirection, HalfCheetahVelocity
+from datamodules.reinforcement.mdps import TabularMDPs
+from datamodules.reinforcement.navigation import PointRobot
 
 DATA: tuple[type[EpisodicDataModule], ...] = (
     Glyphs,

@@ -1,31 +1,33 @@
 """One file per algorithm; each class is found here by its paper's short name."""
 
-import app  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
-from models.abml import ABML
-from models.anil import ANIL
-from models.backbones import MLP, Averaged, Conv2, Conv4, Learn2Learn, Pretrained, ResNet, UnitLength
-from models.bandit_strategies import BanditStrategy
-from models.base import MetaLearner
-from models.baseline import Baseline
-from models.bmaml import BMAML
-from models.hsml import HSML
-from models.imaml import IMAML
-from models.leo import LEO
-from models.maml import MAML
-from models.maml_policy import MAMLPolicy
-from models.matching import MatchingNet
-from models.mdp_strategies import MDPStrategy
-from models.meta_sgd import MetaSGD
-from models.metagan import MetaGAN, MetaGANRelation
-from models.nearest import NearestNeighbour
-from models.pearl import PEARL
-from models.protonet import ProtoNet
-from models.reinforcement import ReinforcementLearner
-from models.relation import RelationNet
-from models.reptile import Reptile
-from models.rl2 import RL2
-from models.snail import SNAIL
-from models.weight_generator import WeightGenerator
+import datamodules.core  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
+from models.baselines.baseline import Baseline
+from models.baselines.nearest_neighbour import NearestNeighbour
+from models.bayesian.abml import ABML
+from models.bayesian.bmaml import BMAML
+from models.bayesian.weight_generator import WeightGenerator
+from models.core.learner import MetaLearner
+from models.core.pretrained import Pretrained
+from models.generative.metagan import MetaGAN, MetaGANRelation
+from models.memory.snail import SNAIL
+from models.metric.matching_net import MatchingNet
+from models.metric.protonet import ProtoNet
+from models.metric.relation_net import RelationNet
+from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, ResNet
+from models.networks.wrappers import Averaged, UnitLength
+from models.optimization.anil import ANIL
+from models.optimization.imaml import IMAML
+from models.optimization.leo import LEO
+from models.optimization.maml import MAML
+from models.optimization.meta_sgd import MetaSGD
+from models.optimization.reptile import Reptile
+from models.reinforcement.bandit_strategies import BanditStrategy
+from models.reinforcement.learner import ReinforcementLearner
+from models.reinforcement.maml_policy import MAMLPolicy
+from models.reinforcement.mdp_strategies import MDPStrategy
+from models.reinforcement.pearl import PEARL
+from models.reinforcement.rl2 import RL2
+from models.task_embedding.hsml import HSML
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,

@@ -12,21 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fixtures import fake_omniglot, image_tree
 
-from app.cli import MetaboltCLI, main
-from app.run import ConfigError
+from app.cli.builder import main
 from datamodules import Omniglot
+from datamodules.core.errors import ConfigError
 from models import STRATEGIES, Pretrained
+from tests.support.fixtures import fake_omniglot, image_tree
+from tests.support.processes import build
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("overlays", "sweeps"))
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
-
-
-def build(*flags: str) -> MetaboltCLI:
-    return MetaboltCLI([*flags, "--wandb", "off"])
 
 
 def pretrained(path: Path, folder: Path) -> list[str]:
@@ -100,7 +97,14 @@ def test_configuration_runs(path, data, tmp_path):
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
 def test_overlay_builds_on_a_configuration(path, tmp_path):
     """Catches an overlay that names what is not there, or that a later flag cannot override."""
-    flags = ("--config", str(CONFIGS / "maml" / "linear-10shot.yaml"), "--config", str(path), "--runs", str(tmp_path))
+    flags = (
+        "--config",
+        str(CONFIGS / "optimization" / "maml" / "linear-10shot.yaml"),
+        "--config",
+        str(path),
+        "--runs",
+        str(tmp_path),
+    )
     if path.stem == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="gpu"):
             build(*flags)

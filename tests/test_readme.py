@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from test_configs import build
 
-from app.cli import main
+from app.cli.builder import main
+from tests.support.fixtures import fake_omniglot
+from tests.support.processes import ROOT, build
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 MANY = ("torchrun", "srun", "--trainer.devices 8")
@@ -120,12 +120,11 @@ def test_the_other_trainings(place):
 
 def test_omniglot_trains_from_local_archives(place, monkeypatch, tmp_path):
     """Catches a configuration that works with the real data alone: generated archives, a few steps."""
-    import fixtures
 
     import datamodules
 
-    monkeypatch.setattr(datamodules, "Omniglot", fixtures.fake_omniglot(tmp_path / "data"))
+    monkeypatch.setattr(datamodules, "Omniglot", fake_omniglot(tmp_path / "data"))
     flags = ("--data.init_args.root", str(tmp_path / "data"), "--data.init_args.train_ways", "5")
     flags += ("--data.init_args.train_queries", "1", "--data.init_args.queries", "1", "--runs", str(tmp_path))
-    main(["--config", str(ROOT / "configs/protonet/omniglot-60way-1shot.yaml"), *DEBUG, *flags])
+    main(["--config", str(ROOT / "configs/metric/protonet/omniglot-60way-1shot.yaml"), *DEBUG, *flags])
     assert (tmp_path / "protonet-omniglot-60way-1shot" / "results.json").is_file()

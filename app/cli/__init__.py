@@ -1,0 +1,1 @@
+"""The command line: parser, building from a configuration or from a checkpoint."""

@@ -1,0 +1,343 @@
+"""The command line: builds learner, data and trainer from a configuration, and runs them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from app.cli.suggestions import Parser, one_line_errors
+from app.dashboard.callback import Dashboard
+from app.dashboard.wandb import WandbRun, wandb_logger
+from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
+from app.runs.directory import choose_run
+from app.runs.metrics_csv import MetricsCSV
+from app.runs.progress import TaskProgress
+from app.runs.results import print_results, results, write_results
+from datamodules.core.base import EpisodicDataModule
+from datamodules.core.errors import ConfigError, DataError
+from datamodules.core.files import write_atomically
+from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO
+from models.core.learner import MetaLearner
+from models.core.metrics import HEADLINES
+from models.core.pretrained import load_pretrained
+from models.reinforcement.learner import ReinforcementLearner
+
+Stage = Literal["fit", "validate", "test"]
+
+
+# Lightning still calls what jsonargparse has deprecated; nothing that a user here could change.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+class MetaboltCLI(LightningCLI):
+    """Builds learner, data and trainer from configuration files and flags; runs nothing by itself."""
+
+    prog: ClassVar[str] = "train.py"
+    description: ClassVar[str] = "Train, validate or test a meta-learner."
+
+    def __init__(self, args: Sequence[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(
+            MetaLearner,
+            EpisodicDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            run=False,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": self.prog, "description": self.description, "allow_abbrev": False},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": 500,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 50,
+                "enable_model_summary": False,
+                "max_epochs": -1,
+            },
+            args=list(args) if args is not None else None,
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="run", help="The run's name; it lives in <runs>/<name>/.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--stage", type=Stage, default="fit", help="fit ends by testing the best checkpoint.")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="last (safe when there is none), best, or a file."
+        )
+        parser.add_argument(
+            "--checkpoint_every", type=int, default=500, help="Meta-updates between saves of last.ckpt."
+        )
+        parser.add_argument(
+            "--wandb",
+            type=Literal["auto", "online", "offline", "off"],
+            default="auto",
+            help="Weights & Biases; auto is online with an API key and offline without.",
+        )
+        parser.add_argument("--project", type=str, default="metabolt", help="Weights & Biases project.")
+        parser.add_argument(
+            "--pictures", type=bool, default=True, help="Draw at validations and after the test; false for sweeps."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # without Lightning's warning where a caller gives the arguments
+
+    def setting(self, name: str) -> Any:
+        return self._get(self.config_init, name)
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are parameters, be they frozen."""
+        return any(True for _ in self.model.parameters())
+
+    def yaml(self) -> str:
+        """The complete configuration, which runs again as it is."""
+        config = self.config.clone()
+        for key in ("config", "ckpt_path", *(["stage"] if self.learns else [])):
+            config.pop(key, None)
+        return self.parser.dump(config, skip_none=False)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            root: BaseException = error  # the parser wraps what a constructor says in an account of all it tried
+            while isinstance(root.__cause__, (ValueError, MisconfigurationException, DataError)):
+                root = root.__cause__
+            raise ConfigError(" ".join(str(root).split())) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        learner, data = self.model, self.datamodule
+        if data.kind not in learner.tasks:
+            raise ConfigError(
+                f"{type(learner).__name__} learns {' or '.join(sorted(learner.tasks))}, but {type(data).__name__} "
+                f"gives {data.kind}: choose another algorithm or another task distribution"
+            )
+        stage = self.setting("stage")
+        self.run_dir, self.ckpt_path = self.place(stage)
+        figure, better = HEADLINES[data.kind]
+        trainer_settings = self._get(self.config_init, "trainer")
+        own: list[pl.Callback] = [RunFiles(self)]
+        if trainer_settings.get("enable_progress_bar") is not False:
+            own.append(TaskProgress(figure))
+        if stage == "fit" and not trainer_settings.get("fast_dev_run"):
+            folder = self.run_dir / CHECKPOINTS
+            own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
+            if trainer_settings.get("limit_val_batches") != 0:
+                own.append(BestCheckpoint(folder, f"val/{figure}", better))
+        callbacks = trainer_settings.get("callbacks") or []
+        loggers: list[Any] = [] if trainer_settings.get("fast_dev_run") else self.loggers(own)
+        trainer = super().instantiate_trainer(
+            callbacks=[*callbacks, *own],
+            logger=loggers or False,
+            default_root_dir=str(self.run_dir),
+            plugins=[*(trainer_settings.get("plugins") or []), AtomicCheckpointIO()],
+        )
+        self._check(trainer)
+        return trainer
+
+    def place(self, stage: str) -> tuple[Path, Path | None]:
+        """The run directory, and the checkpoint that the run starts from."""
+        return choose_run(Path(self.setting("runs")), self.setting("name"), self.setting("ckpt_path"), stage)
+
+    def loggers(self, callbacks: list[pl.Callback]) -> list[Any]:
+        """Where figures are logged; loggers may add callbacks."""
+        return [MetricsCSV(self.run_dir), *self.dashboards(callbacks)]
+
+    def dashboards(self, callbacks: list[pl.Callback]) -> list[Any]:
+        """Loggers beyond the CSV file, and the callback that draws for them and for the run directory."""
+        callbacks.append(Dashboard(self.run_dir, pictures=self.setting("pictures")))
+        config = yaml.safe_load(self.yaml())
+        logger = wandb_logger(self.setting("wandb"), self.setting("project"), self.run_dir.name, self.run_dir, config)
+        return [] if logger is None else [logger]
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        """Refuse impossible combinations before any work."""
+        if isinstance(self.model, ReinforcementLearner):
+            misfit = self.model.misfit(self.datamodule.environment)
+            if misfit is not None:
+                raise ConfigError(misfit)
+        trainer_settings = self._get(self.config_init, "trainer")
+        own = trainer_settings.get("gradient_clip_val") or (trainer_settings.get("accumulate_grad_batches") or 1) > 1
+        if own and not self.model.automatic_optimization:
+            raise ConfigError(
+                f"{type(self.model).__name__} takes several steps of its own in a meta-update: leave out "
+                "--trainer.gradient_clip_val and accumulate_grad_batches, and clip by --model.init_args.max_grad_norm"
+            )
+        if str(trainer_settings.get("precision")) in ("16", "16-mixed") and not self.model.automatic_optimization:
+            raise ConfigError(
+                f"{type(self.model).__name__} takes several steps of its own in a meta-update, which the scaling of "
+                "gradients in half precision does not reach: give --trainer.precision bf16-mixed"
+            )
+        if self.setting("stage") == "fit":
+            if not self.learns:
+                raise ConfigError(f"{type(self.model).__name__} has nothing to train: evaluate it, with --stage test")
+            if trainer.max_steps < 0:
+                raise ConfigError(
+                    "the stream of tasks has no end: give --trainer.max_steps, the number of meta-updates"
+                )
+            outputs, ways = getattr(self.model, "outputs", None), getattr(self.datamodule, "train_ways", None)
+            if outputs and ways and outputs != ways:
+                raise ConfigError(
+                    f"the model's head has {outputs} outputs but training tasks have {ways} ways: "
+                    f"give --model.init_args.outputs {ways}"
+                )
+        every, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+        if isinstance(every, int) and every % accumulate:
+            raise ConfigError(
+                f"validation every {every} meta-batches would fall within an accumulation of {accumulate}: make "
+                f"--trainer.val_check_interval a multiple of {accumulate}"
+            )
+
+    def set_threads(self) -> None:
+        """Share the cores among the processes of this machine; each alone would take them all."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or self.trainer.num_devices
+        if self.trainer.strategy.root_device.type == "cpu" and here > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+
+
+class RunFiles(pl.Callback):
+    """Leaves the configuration in the run directory and in every checkpoint; results after a test."""
+
+    def __init__(self, cli: MetaboltCLI) -> None:
+        self.cli = cli
+        self.config = cli.yaml()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero and (stage == "fit" or not self.cli.learns) and not trainer.fast_dev_run:
+            first = self.cli.run_dir / "config.yaml"
+            path, n = first, 0
+            while path.exists():
+                if path.read_text() == self.config:
+                    return
+                n += 1
+                path = first.with_name(f"config.resume-{n}.yaml")
+            write_atomically(path, self.config)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.start_at(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        configs = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))
+        was, now = ((c["model"]["init_args"].get("optimizer") or {}).get("class_path") for c in configs)
+        if was != now:
+            raise ConfigError(
+                f"the run has the state of {was}, with which {now} cannot go on: leave the optimizer as it was, or "
+                "start a new run"
+            )
+
+
+@rank_zero_only
+def leave_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
+    """results.json and the closing table."""
+    facts = {
+        "seed": cli.datamodule.seed,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "meta_steps": cli.trainer.global_step,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    content = results(cli.model, cli.datamodule, facts)
+    if not cli.trainer.fast_dev_run:
+        write_results(content, cli.run_dir / "results.json")
+    hints = [f"again: python train.py --config {cli.run_dir}/config.yaml --stage test"]
+    hints += [hint for logger in cli.trainer.loggers if isinstance(logger, WandbRun) for hint in logger.hints()]
+    print_results(content, cli.run_dir, hints)
+
+
+def run(cli: MetaboltCLI) -> None:
+    """Do what ``--stage`` says."""
+    trainer, stage = cli.trainer, cli.setting("stage")
+    checkpoint = cli.ckpt_path or (None if stage == "fit" else _trained(cli))
+    if checkpoint is None:
+        load_pretrained(cli.model)
+    common: dict[str, Any] = {"model": cli.model, "datamodule": cli.datamodule, "weights_only": True}
+    cli.set_threads()
+    if stage == "fit":
+        if checkpoint:
+            rank_zero_info(f"going on from {checkpoint}")
+        elif cli.setting("ckpt_path"):
+            rank_zero_info(f"no checkpoint of {cli.setting('name')!r} yet: starting from the beginning")
+        trainer.fit(ckpt_path=checkpoint, **common)
+        best = cli.run_dir / CHECKPOINTS / "best.ckpt"
+        checkpoint = best if best.is_file() and not trainer.fast_dev_run else None
+        trainer.test(ckpt_path=checkpoint, verbose=False, **common)
+    elif stage == "validate":
+        trainer.validate(ckpt_path=checkpoint, **common)
+    else:
+        trainer.test(ckpt_path=checkpoint, verbose=False, **common)
+    if stage != "validate":
+        leave_results(cli, checkpoint)
+
+
+def _trained(cli: MetaboltCLI) -> Path | None:
+    best = cli.run_dir / CHECKPOINTS / "best.ckpt"
+    if best.is_file():
+        return best
+    if cli.learns:
+        rank_zero_info("no checkpoint: the learner is as it was initialised")
+    return None
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """``python train.py``: parse, build, run; what the user can mend is told in one line."""
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    quiet_lightning()
+    cli = None
+    try:
+        with one_line_errors():
+            cli = MetaboltCLI(args)
+            run(cli)
+    except SIGTERMException:
+        assert cli is not None
+        if rank_zero_only.rank == 0:
+            again = f"python train.py --config {cli.run_dir}/config.yaml --ckpt_path last"
+            sys.stderr.write(f"stopped at meta-update {cli.trainer.global_step}, saved; go on with: {again}\n")
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        # Left to the interpreter's exit, the threads of the process group now and then abort it.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def quiet_lightning() -> None:
+    """Leave out advice of Lightning's that does not apply here."""
+    for advice in (
+        ".*does not have many workers.*",  # episodes take microseconds
+        ".*dataloader is not resumable.*",  # it is: an episode is a function of its number
+        ".*Checkpoint directory .* exists and is not empty.*",  # resuming is why
+        ".*The dirpath has changed.*",
+        ".*callbacks used to create the checkpoint.*",  # testing needs none of them
+        ".*in eval mode at the start of training.*",  # a frozen backbone
+        ".*LeafSpec.*",  # Lightning's own use of torch
+    ):
+        warnings.filterwarnings("ignore", advice)
+    noise = ("💡", "TPU available", "GPU available", "`weights_only` was not set", "Seed set to")
+    for name in (
+        "pytorch_lightning.utilities.rank_zero",
+        "lightning_fabric.utilities.seed",
+        "pytorch_lightning.trainer.connectors.checkpoint_connector",
+    ):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(noise))

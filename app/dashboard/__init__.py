@@ -1,0 +1,1 @@
+"""Which pictures and films a run shows, and Weights & Biases."""

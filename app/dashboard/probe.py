@@ -1,0 +1,107 @@
+"""A look at what a learner does on chosen tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from datamodules.core.base import EpisodicDataModule
+from datamodules.core.episodes import Episodes, Task
+from models.core.learner import MetaLearner
+from models.core.metrics import HEADLINES
+from models.core.predictions import Mixture
+
+
+def _on_cpu(prediction: Any) -> Any:
+    return tree_map(lambda part: part.float().cpu(), prediction)
+
+
+@dataclass
+class Probe:
+    """Looks at what a learner does on chosen tasks of a split. Uses no other process.
+
+    Attributes:
+        learner: in evaluation mode.
+        data: gives the tasks, by number.
+        split: "val" or "test".
+    """
+
+    learner: MetaLearner
+    data: EpisodicDataModule
+    split: str
+
+    def __post_init__(self) -> None:
+        self.tasks: Any = self.data.distribution(self.split)
+        self.figure_name = HEADLINES[self.data.kind][0]
+
+    def sample(self, indices: Sequence[int]) -> tuple[Episodes, Episodes]:
+        """Tasks as they are stored, on the CPU, and as the learner gets them."""
+        stored = self.tasks.sample(list(indices))
+        ready = self.data.on_device(stored.to(self.learner.device))
+        dtype: Any = self.learner.dtype
+        return stored, ready.apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+    def predict(self, ready: Episodes) -> Any:
+        """Logits (T, Q, ways), or values (T, Q, out) or their Mixture, on the CPU."""
+        learner = self.learner
+        return _on_cpu(learner.map(lambda task: learner.predict(learner.adapt(task.support), task.query_x), ready))
+
+    def along(self, ready: Episodes, query_x: Tensor | None = None) -> Any:
+        """Predictions before and after each inner step, (T, steps + 1, Q, …); for ``query_x`` (Q, …) where given.
+
+        Of a Mixture both parts, (T, steps + 1, M, Q, …).
+        """
+        learner = self.learner
+
+        def states(task: Task) -> Any:
+            x = task.query_x if query_x is None else query_x
+            predictions = [learner.predict(state, x) for state in learner.adaptation(task.support)]
+            return tree_map(lambda *parts: torch.stack(parts), *predictions)
+
+        return _on_cpu(learner.map(states, ready))
+
+    def adaptation(self, tasks: int) -> np.ndarray | None:
+        """The headline figure of the first tasks along the inner loop, (T, steps + 1); None where it has no steps."""
+        _, ready = self.sample(range(tasks))
+        predictions = self.along(ready)
+        states = (predictions.mean if isinstance(predictions, Mixture) else predictions).shape[1]
+        if states < 2:
+            return None
+        target = ready.query_y.cpu()[:, None].expand(-1, states, *ready.query_y.shape[1:])
+        return self.learner.per_task(predictions, target)[self.figure_name].numpy()
+
+    def names(self, stored: Episodes, i: int) -> list[str]:
+        """Class names of task i by label; labels where the data has no names."""
+        ids = stored.task.get("classes")
+        return [str(k) for k in range(stored.ways)] if ids is None else self.class_names(ids[i].tolist())
+
+    def class_names(self, ids: Sequence[int]) -> list[str]:
+        known = getattr(self.tasks, "class_names", None)
+        return [known[k] if known is not None else str(k) for k in ids]
+
+    def groups(self, ids: Sequence[int]) -> list[str] | None:
+        """The group of each class, where the data has groups."""
+        known = getattr(self.tasks, "group_names", None)
+        return [known[k] for k in ids] if known else None
+
+    @property
+    def pictures(self) -> bool:
+        """Whether inputs are images."""
+        return self.data.kind == "classification" and len(self._input_shape) == 3
+
+    @property
+    def function(self) -> bool:
+        """Whether inputs and targets are numbers, so that a task can be drawn as a function."""
+        return self.data.kind == "regression" and tuple(self._input_shape) == (1,)
+
+    @property
+    def _input_shape(self) -> torch.Size:
+        if not hasattr(self, "_shape"):
+            self._shape = self.tasks.sample([0]).support_x.shape[2:]
+        return self._shape

@@ -1,0 +1,1 @@
+"""Numbers in, matplotlib figure out; one file for each kind of picture."""

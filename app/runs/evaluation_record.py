@@ -1,0 +1,161 @@
+"""What a test leaves of every task, and whether two tests were on the same tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.runs.directory import TASKS_NPZ
+from datamodules.core.base import EpisodicDataModule
+from datamodules.core.episodes import Episodes
+from datamodules.core.errors import ConfigError
+from datamodules.core.files import write_atomically
+from models.core.checkpoint_io import CHECKPOINTS
+from models.core.metrics import TaskFigures
+
+# What of the data makes its tasks, and which option of an evaluation changes it.
+SETTINGS = {"data": "--data", "ways": "--ways", "shots": "--shots", "queries": "--queries", "seed": "--seed"}
+SETTINGS |= {"episodes": "--episodes", "tasks": "--tasks"}
+# Facts of two tests are the same tasks' where they are this close; sums over a task differ by machine.
+ROUNDING = 1e-5
+
+
+def settings(data: EpisodicDataModule, seed: int | None = None) -> dict[str, Any]:
+    """What makes the meta-test tasks; ``seed`` of the tasks, where it is another than the data's."""
+    known = {name: getattr(data, name, None) for name in ("ways", "shots", "queries", "episodes")}
+    return {"data": type(data).__name__, **known, "seed": data.seed if seed is None else seed, "tasks": data.test_tasks}
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def about(data: EpisodicDataModule, algorithm: str, metric: TaskFigures) -> dict[str, Any]:
+    """What is kept of a test beside its figures: what tells whether another one was on the same tasks.
+
+    The facts of the tasks are numbers of classes and of images, so it takes the names of the classes, and what the
+    first task's images look like, to know that they number the same.
+    """
+    tasks: Any = data.distribution("test")
+    names = getattr(tasks, "class_names", None)
+    first = tasks.sample([0])
+    inputs = (first.support_x, first.query_x) if isinstance(first, Episodes) else ()
+    images = [t.numpy().tobytes() for t in inputs if t.dtype == torch.uint8]
+    return {
+        "algorithm": algorithm,
+        **settings(data, getattr(tasks, "seed", None)),
+        "tasks": len(metric.all_tasks["index"]),
+        "classes": None if names is None else _digest(*map(os.fsencode, names)),
+        "images": _digest(*images) if images else None,
+        "figures": metric.names,
+        "facts": metric.facts,
+        "beside": list(metric.beside),
+    }
+
+
+def save_tasks(path: Path, data: EpisodicDataModule, algorithm: str, metric: TaskFigures) -> None:
+    """Write a test's figures of every task, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = io.BytesIO()
+    arrays = {name: values.cpu().numpy() for name, values in (metric.all_tasks | metric.beside).items()}
+    np.savez_compressed(content, **arrays, about=np.array(json.dumps(about(data, algorithm, metric))))
+    write_atomically(path, content.getvalue())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished test.
+
+    Attributes:
+        folder: that it was left in.
+        about: see ``about``.
+        figures: of each task, name to (T, …); those of the first tasks alone are shorter.
+        facts: of each task, name to (T, …); its number is ``index``.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    figures: dict[str, Tensor]
+    facts: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, folder: Path) -> Evaluation:
+        """What a test left in its folder.
+
+        Raises:
+            ConfigError: nothing, or what cannot be read.
+        """
+        path = folder / TASKS_NPZ
+        if not path.is_file():
+            cure = f"python -m app.evaluate --ckpt_path {folder / CHECKPOINTS / 'best.ckpt'}"
+            raise ConfigError(f"no {TASKS_NPZ} in {folder}: test it first, as with {cure}")
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                told = json.loads(str(content["about"]))
+                arrays = {name: torch.from_numpy(content[name]) for name in content.files if name != "about"}
+            measured = {name: arrays[name] for name in (*told["figures"], *told["beside"])}
+            return cls(folder, told, measured, {name: arrays[name] for name in ("index", *told["facts"])})
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}): test again") from error
+
+
+def refuse_other_settings(told: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Refuse tests of other tasks, by what makes tasks.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    for one, name in zip(told[1:], names[1:], strict=True):
+        for key, option in SETTINGS.items():
+            if one.get(key) != told[0].get(key):
+                values = f"{told[0].get(key)} and {one.get(key)}"
+                _refuse(names[0], name, f"{key} {values}; evaluate both with the same {option}")
+
+
+def _refuse(first: str, second: str, what: str) -> None:
+    raise ConfigError(f"{first} and {second} were not tested on the same tasks: {what}")
+
+
+def refuse_other_tasks(evaluations: Sequence[Evaluation]) -> None:
+    """Refuse tests that were not on exactly the same tasks.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    names = [str(e.folder) for e in evaluations]
+    refuse_other_settings([e.about for e in evaluations], names)
+    first = evaluations[0]
+    for one in evaluations[1:]:
+        for key, what in (("classes", "the classes of the split"), ("images", "the images")):
+            if one.about[key] != first.about[key]:
+                _refuse(names[0], str(one.folder), f"{what} differ")
+        if one.facts.keys() != first.facts.keys():
+            _refuse(names[0], str(one.folder), "other things are known of them")
+        for name, values in first.facts.items():
+            same = _same(values, one.facts[name])
+            if not same.all():
+                place = int(first.facts["index"][int(same.int().argmin())])
+                _refuse(names[0], str(one.folder), f"the {name} of task {place} differs")
+
+
+def _same(one: Tensor, other: Tensor) -> Tensor:
+    """Which tasks two facts (T, …) agree on, (T,)."""
+    if one.shape != other.shape:
+        return torch.zeros(1, dtype=torch.bool)
+    exact = not one.is_floating_point()
+    equal = one == other if exact else torch.isclose(one.double(), other.double(), rtol=ROUNDING, atol=ROUNDING**2)
+    return equal.flatten(1).all(1) if equal.dim() > 1 else equal

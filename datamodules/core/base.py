@@ -1,0 +1,91 @@
+"""The base of every task distribution that a run can use."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from datamodules.core.episodes import Episodes, EvaluationTasks, TaskDistribution, TrainingTasks, episode_loader
+from datamodules.core.errors import at_least
+
+
+class EpisodicDataModule(LightningDataModule):
+    """Hands out episodes by index. A task distribution overrides ``prepare_data``, ``build`` and, for images, more.
+
+    Args:
+        meta_batch_size: tasks of one meta-update, over all processes.
+        val_tasks: number of meta-validation tasks; always the first ones of that split.
+        test_tasks: number of meta-test tasks, likewise.
+        eval_batch_size: tasks that are evaluated together, per process.
+        workers: processes that sample ahead; 0 samples in the training process (episodes take microseconds).
+        seed: seed of the class split and of every episode; the same seed gives every algorithm the same tasks.
+    """
+
+    kind: Literal["classification", "regression", "reinforcement"] = "classification"
+
+    def __init__(
+        self, meta_batch_size: int, val_tasks: int, test_tasks: int, eval_batch_size: int, workers: int, seed: int
+    ) -> None:
+        super().__init__()
+        at_least(
+            1,
+            meta_batch_size=meta_batch_size,
+            val_tasks=val_tasks,
+            test_tasks=test_tasks,
+            eval_batch_size=eval_batch_size,
+        )
+        at_least(0, workers=workers)
+        self.meta_batch_size = meta_batch_size
+        self.val_tasks = val_tasks
+        self.test_tasks = test_tasks
+        self.eval_batch_size = eval_batch_size
+        self.workers = workers
+        self.seed = seed
+        self._distributions: dict[str, TaskDistribution] = {}
+
+    def build(self, split: str) -> TaskDistribution:
+        """The distribution of one split ("train", "val" or "test"), from what ``prepare_data`` left on disk."""
+        raise NotImplementedError
+
+    def distribution(self, split: str) -> TaskDistribution:
+        """``build(split)``, kept."""
+        if split not in self._distributions:
+            self._distributions[split] = self.build(split)
+        return self._distributions[split]
+
+    def on_device(self, episodes: Episodes) -> Episodes:
+        """What happens to a meta-batch once it is on the device: nothing, unless it holds images."""
+        return episodes
+
+    @property
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _meta_steps_done(self) -> int:
+        # Lightning restores these counters before it asks for an iterator, which makes resume exact mid-epoch too.
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready if self.trainer else 0
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = TrainingTasks(self.meta_batch_size, *self._rank, self._meta_steps_done)
+        return self._loader("train", sampler, self.meta_batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("val", self.val_tasks)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("test", self.test_tasks)
+
+    def _evaluation_loader(self, split: str, tasks: int) -> DataLoader:
+        return self._loader(split, EvaluationTasks(tasks, self.eval_batch_size, *self._rank), self.eval_batch_size)
+
+    def _loader(self, split: str, sampler, meta_batch: int) -> DataLoader:
+        return episode_loader(
+            self.distribution(split), sampler, meta_batch, self.workers, pin_memory=torch.cuda.is_available()
+        )
+
+    def on_after_batch_transfer(self, batch: Episodes, dataloader_idx: int) -> Episodes:
+        ready = self.on_device(batch)
+        return ready if self.trainer is None else self.trainer.precision_plugin.convert_input(ready)  # 64-true, 16-true

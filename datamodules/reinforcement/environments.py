@@ -1,0 +1,211 @@
+"""Reinforcement learning: every task is an environment, many of which act in step as rows of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.core.base import EpisodicDataModule
+from datamodules.core.episodes import MetaBatch
+from datamodules.core.errors import at_least
+from datamodules.core.streams import TaskStreams
+
+Facts = dict[str, Tensor]
+
+
+def normal(draws: Tensor) -> Tensor:
+    """Standard normal numbers from uniform ones in [0, 1), float64."""
+    # Uniform numbers are multiples of 2^-53: 0 is one, and 1 - 2^-53 must not be rounded to 1.
+    return torch.special.ndtri(draws.double().clamp(min=2.0**-54))
+
+
+class Step(NamedTuple):
+    """What an action led to, for each of N environments.
+
+    Attributes:
+        state: the next one.
+        reward: (N,), what the agent is given and what counts.
+        shaped: (N,), what meta-training may learn from instead; the same unless the reward is sparse.
+    """
+
+    state: Any
+    reward: Tensor
+    shaped: Tensor
+
+
+class Environment:
+    """A family of Markov decision processes with episodes of one length, N of which go on in step.
+
+    Functions of their arguments alone: chance comes as uniform numbers in [0, 1), float64.
+
+    Attributes:
+        observation_size: numbers of an observation, without what ``revealed`` adds.
+        actions: how many there are to choose from, where ``discrete``; otherwise numbers of an action, in [-1, 1].
+        horizon: steps of an episode.
+        start_draws, step_draws: uniform numbers that the start of an episode and a step take.
+        facts: numbers of what tells the tasks apart, as ``describe`` has it.
+        revealed: the agent sees what tells the tasks apart, beside each observation: an oracle.
+    """
+
+    observation_size: int
+    actions: int
+    discrete: bool = True
+    horizon: int
+    start_draws: int = 0
+    step_draws: int = 0
+    facts: int
+    revealed: bool = False
+
+    def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
+        """What tells the drawn tasks apart, by name, each (T, …)."""
+        raise NotImplementedError
+
+    def start(self, task: Facts, draws: Tensor) -> Any:
+        """States at the start of an episode, from facts (N, …) and draws (N, start_draws)."""
+        raise NotImplementedError
+
+    def observe(self, task: Facts, state: Any) -> Tensor:
+        """Observations (N, observation_size)."""
+        raise NotImplementedError
+
+    def step(self, task: Facts, state: Any, action: Tensor, draws: Tensor) -> Step:
+        """From actions, (N,) int64 or (N, actions), and draws (N, step_draws)."""
+        raise NotImplementedError
+
+    def optimum(self, task: Facts) -> Tensor | None:
+        """Expected return of an episode by the best policy there is for each task, (N,), where it is known."""
+        return None
+
+    def describe(self, task: Facts) -> Tensor:
+        """What tells the tasks apart as numbers, (N, facts)."""
+        return torch.cat([value.reshape(len(value), -1).float() for n, value in task.items() if n != "number"], 1)
+
+    def shared(self) -> tuple[float, ...]:
+        """Numbers, none below 0, of what all tasks share and what returns are not comparable without."""
+        return (self.horizon,)
+
+    def seen(self, task: Facts, state: Any) -> Tensor:
+        """What the agent sees, (N, seen_size)."""
+        observation = self.observe(task, state)
+        return torch.cat([observation, self.describe(task).to(observation)], 1) if self.revealed else observation
+
+    @property
+    def seen_size(self) -> int:
+        """Numbers of what the agent sees."""
+        return self.observation_size + self.facts * self.revealed
+
+
+@dataclass
+class Environments(MetaBatch):
+    """A meta-batch of T environments of one family.
+
+    Attributes:
+        environment: the family.
+        index: (T,) int64, each task's number within its split.
+        seed, split: of the tasks.
+        episodes: of a trial.
+        meta_batch: number of tasks of the whole meta-batch, over all processes.
+        task: what tells the tasks apart, name to (T, …); "number" where there are finitely many.
+        replica: (T,) int64, tells environments of one task apart; None where each task has one.
+    """
+
+    environment: Environment
+    index: Tensor
+    seed: int
+    split: str
+    episodes: int
+    meta_batch: int = 0
+    task: Facts = field(default_factory=dict)
+    replica: Tensor | None = None
+
+    def draws(self, *shape: int, purpose: int = 1) -> Tensor:
+        """Uniform numbers in [0, 1), (T, *shape) float64, by (seed, split, index, purpose, replica) alone."""
+        replica = () if self.replica is None else (self.replica.cpu().numpy(),)
+        rng = TaskStreams(self.seed, self.split, self.index.cpu().numpy(), purpose, *replica)
+        return torch.from_numpy(rng.uniform(0.0, 1.0, *shape)).to(self.index.device)
+
+    def repeated(self, times: int) -> Environments:
+        """Every environment so many times, (T times,), one task's after another's, each with chance of its own."""
+        replica = torch.arange(times, device=self.index.device).repeat(len(self))
+        task = {name: value.repeat_interleave(times, 0) for name, value in self.task.items()}
+        return replace(self, index=self.index.repeat_interleave(times), task=task, replica=replica)
+
+    def fingerprint(self) -> Tensor:
+        # Other than a plain sum of squares it depends on the order, and is not 1 wherever goals are on a circle.
+        facts = self.environment.describe(self.task).double()
+        shared = torch.tensor(self.environment.shared()).to(facts).log1p()
+        numbers = torch.cat([facts, shared.expand(len(facts), -1)], 1)
+        return (numbers + 1).square() @ torch.arange(1, numbers.shape[1] + 1).to(facts).sqrt()
+
+
+class EnvironmentTasks:
+    """Environments of a family; task i is a pure function of (seed, split, i).
+
+    Args:
+        environment: the family.
+        episodes: of a trial.
+        tasks: number of different environments; task i is one of them, drawn at random. None: each is another.
+        seed, split: of the tasks.
+    """
+
+    def __init__(self, environment: Environment, episodes: int, tasks: int | None, seed: int, split: str) -> None:
+        self.environment, self.episodes, self.tasks = environment, episodes, tasks
+        self.seed, self.split = seed, split
+
+    def sample(self, indices: Sequence[int]) -> Environments:
+        index = np.asarray(indices, np.int64)
+        if self.tasks is None:
+            return self._environments(index, self.facts(index))
+        number = TaskStreams(self.seed, self.split, index, 0).integers(self.tasks)
+        return self._environments(index, self.facts(number) | {"number": torch.from_numpy(number)})
+
+    def facts(self, numbers: np.ndarray) -> Facts:
+        """What tells the environments of these numbers apart, name to (T, …)."""
+        drawn = self.environment.parameters(TaskStreams(self.seed, self.split, numbers))
+        return {name: torch.from_numpy(np.ascontiguousarray(value)).float() for name, value in drawn.items()}
+
+    def _environments(self, index: np.ndarray, task: Facts) -> Environments:
+        return Environments(self.environment, torch.from_numpy(index), self.seed, self.split, self.episodes, task=task)
+
+
+class EnvironmentDataModule(EpisodicDataModule):
+    """Hands out environments by index. A task distribution names the family.
+
+    Args:
+        environment: the family.
+        episodes: of a trial, within which the agent may learn.
+        train_tasks: number of meta-training environments, each met again and again (None: no limit).
+        revealed: show the agent what tells the tasks apart, beside each observation: an oracle.
+        meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule.
+    """
+
+    kind = "reinforcement"
+    ways: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        environment: Environment,
+        episodes: int,
+        train_tasks: int | None = None,
+        revealed: bool = False,
+        meta_batch_size: int = 100,
+        val_tasks: int = 1000,
+        test_tasks: int = 1000,
+        eval_batch_size: int = 1000,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed)
+        at_least(1, episodes=episodes, train_tasks=train_tasks)
+        environment.revealed = revealed
+        self.environment = environment
+        self.episodes, self.train_tasks, self.revealed = episodes, train_tasks, revealed
+
+    def build(self, split: str) -> EnvironmentTasks:
+        tasks = self.train_tasks if split == "train" else None
+        return EnvironmentTasks(self.environment, self.episodes, tasks, self.seed, split)

@@ -1,0 +1,211 @@
+"""Environments of gymnasium whose task can be set: physics engines, games, what users write."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.core.errors import DataError, at_least
+from datamodules.core.streams import TaskStreams
+from datamodules.reinforcement.environments import Environment, EnvironmentDataModule, Environments, Facts, Step
+
+
+class Newest(NamedTuple):
+    """A handle of what goes on in the sub-environments, which have no copies.
+
+    Attributes:
+        number: counts what happened to them; only the newest handle can be stepped.
+        observation: (N, observation_size).
+    """
+
+    number: int
+    observation: Tensor
+
+
+class GymnasiumEnvironment(Environment):
+    """N environments of one class act in step, each on its own task. A sub-environment is made once and used again.
+
+    ``start`` sets the tasks and resets with seeds that are made from its draws, so that what follows is a function of
+    tasks, draws and actions, as far as the class takes its chance from ``self.np_random``. It begins new episodes in
+    all: a state from before can no longer be stepped. One that terminates or is truncated before the horizon stays as
+    it is, without reward, until the horizon ends. Discrete observations are one-hot, others flattened; actions in
+    [-1, 1] are stretched to the bounds of the action space, beyond that they are clipped.
+
+    Args:
+        env: the path of a class, or an id that gymnasium knows.
+        horizon: steps of an episode.
+        processes: that share the sub-environments among them; 0 steps them one after another in this one.
+        arguments: for the constructor.
+
+    Raises:
+        DataError: gymnasium or what the class needs is not installed, or the class does not fit; names the cure.
+    """
+
+    start_draws = 1
+
+    def __init__(self, env: str, horizon: int, processes: int = 0, arguments: dict[str, Any] | None = None) -> None:
+        at_least(1, horizon=horizon)
+        at_least(0, processes=processes)
+        self.env, self.horizon, self.processes, self.arguments = env, horizon, processes, dict(arguments or {})
+        self._forget()
+        try:
+            from datamodules.reinforcement import gymnasium_rows
+        except ImportError as error:
+            raise DataError(f'{env} needs gymnasium: pip install "gymnasium[mujoco]"') from error
+        self.interface = gymnasium_rows.Interface.of(self.first, env)
+        self.observation_size, self.actions, self.discrete = self.interface
+        example = self.parameters(TaskStreams(0, "train", [0]))
+        self.facts = sum(value[0].size for value in example.values())
+        if not self.facts:
+            raise DataError(f"{env}'s sample_task gives nothing that tells tasks apart: give it at least one number")
+        self.renders = "rgb_array" in (self.first.metadata.get("render_modes") or ())
+        self.fps = float(self.first.metadata.get("render_fps") or 30)
+
+    @property
+    def first(self) -> Any:
+        """A sub-environment that draws tasks and is never stepped."""
+        if self._first is None:
+            from datamodules.reinforcement import gymnasium_rows
+
+            self._first = gymnasium_rows.make(self.env, self.arguments)
+        return self._first
+
+    def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
+        sample = self.first.get_wrapper_attr("sample_task")
+        drawn = [sample(np.random.default_rng(int(word))) for word in rng.bits()]
+        return {name: np.stack([np.asarray(task[name], np.float64) for task in drawn]) for name in drawn[0]}
+
+    def start(self, task: Facts, draws: Tensor) -> Newest:
+        told = {name: value.cpu().numpy() for name, value in task.items() if name != "number"}
+        tasks = [
+            {name: float(value[i]) if value.ndim == 1 else value[i] for name, value in told.items()}
+            for i in range(len(draws))
+        ]
+        seeds = (draws[:, 0].cpu().double() * 2**53).long().tolist()
+        return self._newest(task, self._rows().begin(tasks, seeds))
+
+    def observe(self, task: Facts, state: Newest) -> Tensor:
+        return state.observation
+
+    def step(self, task: Facts, state: Newest, action: Tensor, draws: Tensor) -> Step:
+        if state.number != self._number or self._open is None:
+            raise RuntimeError(
+                f"only the newest state of {self.env} can be stepped, its sub-environments have no copies: "
+                "begin new episodes with start()"
+            )
+        observation, rewards = self._rows().act(action.detach().cpu().numpy())
+        reward = torch.from_numpy(rewards).to(state.observation)
+        return Step(self._newest(task, observation), reward, reward)
+
+    def render(self) -> np.ndarray:
+        """A picture of the first sub-environment as it is now, (height, width, 3) uint8."""
+        return np.asarray(self._rows().render())
+
+    def rendering(self) -> GymnasiumEnvironment | None:
+        """The same with sub-environments of its own that can be rendered, in this process; None where they cannot."""
+        if not self.renders:
+            return None
+        other = copy.copy(self)
+        other._first = None
+        other.processes, other.arguments = 0, self.arguments | {"render_mode": "rgb_array"}
+        return other
+
+    def close(self) -> None:
+        """Close all sub-environments; ``start`` makes new ones."""
+        if self._open is not None and self._owner == os.getpid():
+            self._open.close()
+        if self._first is not None:
+            self._first.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._first = self._open = self._owner = None
+        self._number = 0
+
+    def _rows(self) -> Any:
+        if self._open is None or self._owner != os.getpid():  # after a fork they are the other process's
+            from datamodules.reinforcement import gymnasium_rows
+
+            factory = partial(gymnasium_rows.make, self.env, self.arguments)
+            self._owner = os.getpid()
+            if self.processes:
+                self._open = gymnasium_rows.Processes(factory, self.interface, self.processes)
+            else:
+                self._open = gymnasium_rows.Rows(factory, self.interface)
+        return self._open
+
+    def _newest(self, task: Facts, observation: np.ndarray) -> Newest:
+        self._number += 1
+        like = next(value for name, value in task.items() if name != "number")
+        return Newest(self._number, torch.from_numpy(observation).to(like))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without sub-environments: a copy makes its own."""
+        return self.__dict__ | {"_first": None, "_open": None, "_owner": None, "_number": 0}
+
+
+class GymnasiumTasks(EnvironmentDataModule):
+    """Tasks of a user's own: any class of gymnasium with two methods more.
+
+    ``sample_task(rng)`` draws a task with a NumPy generator: a dictionary of numbers or of arrays of fixed shape, which
+    are kept in single precision. ``set_task(task)`` is called with it before each reset. For instance, in my_tasks.py::
+
+        class Corridor(gymnasium.Env):
+            observation_space = gymnasium.spaces.Box(-10.0, 10.0, (1,))
+            action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+
+            def sample_task(self, rng):
+                return {"goal": rng.uniform(-5.0, 5.0)}
+
+            def set_task(self, task):
+                self.goal = task["goal"]
+
+            def reset(self, *, seed=None, options=None):
+                super().reset(seed=seed)
+                self.x = self.np_random.uniform(-1.0, 1.0, 1)
+                return self.x, {}
+
+            def step(self, action):
+                self.x = self.x + action
+                return self.x, -abs(float(self.x[0]) - self.goal), False, False, {}
+
+    is trained on with ``--data datamodules.GymnasiumTasks --data.env my_tasks.Corridor --data.horizon 20``. See
+    GymnasiumEnvironment for what becomes of observations, actions and early ends.
+
+    Args:
+        env: the path of the class, or the id of a registered environment that has both methods.
+        horizon: steps of an episode.
+        episodes: of a trial.
+        processes: that share the environments of a meta-batch, per training process; 0 has none beside it.
+        arguments: for the class's constructor.
+        **common: see EnvironmentDataModule.
+
+    Raises:
+        DataError: see GymnasiumEnvironment.
+    """
+
+    def __init__(
+        self,
+        env: str,
+        horizon: int,
+        episodes: int = 2,
+        processes: int = 0,
+        arguments: dict[str, Any] | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(GymnasiumEnvironment(env, horizon, processes, arguments), episodes, **common)
+
+    def on_device(self, episodes: Any) -> Any:
+        # A batch that was sampled in another process comes with a copy, which would make sub-environments of its own.
+        batch: Environments = episodes
+        return dataclasses.replace(batch, environment=self.environment)
+
+    def teardown(self, stage: str) -> None:
+        self.environment.close()  # pyright: ignore

@@ -1,0 +1,1 @@
+"""The base of all learners and of their families, and what they share."""

@@ -1,0 +1,208 @@
+"""The inner loop: parameters as dictionaries, gradient steps on a support set, and what batch norm needs of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from datamodules.core.episodes import Support, Task
+from models.networks.backbones import Backbone
+from models.networks.batch_norm import (
+    BatchNorm,
+    BatchNormMode,
+    Source,
+    Statistics,
+    normalize_by,
+    recording,
+    statistics_of,
+)
+
+Parameters = dict[str, Tensor]
+State = TypeVar("State")
+
+
+class Adapted(NamedTuple):
+    """A base learner after adaptation.
+
+    Attributes:
+        parameters: all that are not the module's own.
+        statistics: of batch norm, by the support set under these parameters; None in the other modes.
+        support_x: which every query is normalised along with; None in the other modes.
+        step: gradient steps taken so far.
+    """
+
+    parameters: Parameters
+    statistics: Statistics | None = None
+    support_x: Tensor | None = None
+    step: int = 0
+
+
+def base_learner(backbone: Backbone, outputs: int) -> nn.Sequential:
+    """A backbone and a linear head of so many rows."""
+    module = nn.Sequential()
+    module.add_module("backbone", backbone)
+    module.add_module("head", nn.Linear(backbone.out_features, outputs))
+    return module
+
+
+def call(module: nn.Module, parameters: Parameters, x: Tensor, source: Source = "batch", step: int = 0) -> Tensor:
+    """``module(x)`` with these parameters, normalised as ``normalize_by`` has it; those not given are the module's."""
+    with normalize_by(source, step):
+        return functional_call(module, parameters, (x,))
+
+
+def adapted(module: nn.Module, parameters: Parameters, support: Support, mode: BatchNormMode, step: int = 0) -> Adapted:
+    """These parameters together with what batch norm in this mode needs of the support set."""
+    statistics = None
+    if mode == "support":
+        statistics = statistics_of(lambda: functional_call(module, parameters, (support.x,)), max(step - 1, 0))
+    return Adapted(parameters, statistics, support.x if mode == "per_query" else None, step)
+
+
+def query(module: nn.Module, state: Adapted, x: Tensor, source: Source) -> Tensor:
+    """The adapted module's outputs (Q, outputs) for queries (Q, *input).
+
+    Args:
+        module: the base learner.
+        state: of the task.
+        x: the queries.
+        source: of batch norm's statistics, where the state brings none.
+    """
+    # The queries after step k share the place of the support batch that step k was taken on (Antoniou et al., 2019).
+    place = max(state.step - 1, 0)
+    support_x = state.support_x
+    if support_x is None or source != "batch":
+        return call(module, state.parameters, x, state.statistics or source, place)
+
+    def alone(one: Tensor) -> Tensor:
+        return call(module, state.parameters, torch.cat([support_x, one[None]]), source, place)[-1]
+
+    return vmap(alone, randomness="different")(x)
+
+
+def task_features(backbone: nn.Module, task: Task, mode: BatchNormMode, source: Source) -> tuple[Tensor, Tensor]:
+    """Features of a task's support set and of its queries, (S, features) and (Q, features), for meta-training.
+
+    Both as in evaluation; but where running averages are in use there, support and queries make one batch, as in the
+    reference code of prototypical networks: a support set alone may be too small to normalise by.
+    """
+    support = task.support
+    if mode == "running":
+        features = call(backbone, {}, torch.cat([support.x, task.query_x]), source)
+        return features[: len(support.x)], features[len(support.x) :]
+    state = adapted(backbone, {}, support, mode)
+    return call(backbone, {}, support.x, source), query(backbone, state, task.query_x, source)
+
+
+def class_means(values: Tensor, support: Support) -> Tensor:
+    """The mean (ways, …) of what the examples of each class have, (S, …); shots may differ by class."""
+    members = F.one_hot(support.y, support.ways).to(values.dtype)
+    return (members.T @ values) / members.sum(0)[:, None]
+
+
+@contextmanager
+def inner(parameters: Parameters, mixed_precision: bool = False) -> Iterator[None]:
+    """What the inner loop computes inside: not recorded, and in its parameters' own precision.
+
+    Second derivatives lose too much in the Trainer's mixed precision, which ``mixed_precision`` takes all the same.
+    """
+    device = next(iter(parameters.values())).device.type
+    with recording(None), nullcontext() if mixed_precision else torch.autocast(device, enabled=False):
+        yield
+
+
+def inner_gradient(
+    loss: Callable[..., Tensor], parameters: Parameters, *others: Any, mixed_precision: bool = False
+) -> Parameters:
+    """The gradient of a support loss by its first argument."""
+    with inner(parameters, mixed_precision):
+        return grad(loss)(parameters, *others)
+
+
+def sgd_path(
+    loss: Callable[[Parameters, int], Tensor],
+    parameters: Parameters,
+    rate: float | Callable[[int], Parameters],
+    steps: int,
+    first_order: bool = False,
+) -> Iterator[Parameters]:
+    """Gradient descent from ``parameters``: yields them before the first step and after each one.
+
+    Differentiable through every step with respect to ``parameters`` (Finn et al., ICML 2017, eq. 1), and usable
+    under ``no_grad`` and ``inference_mode``, where it keeps no graph.
+
+    Args:
+        loss: the support loss of the parameters that adapt, at a step counted from 0.
+        parameters: to start from.
+        rate: the inner learning rate; or for each step one for each parameter, of its shape or a scalar.
+        steps: number of steps, 0 or more.
+        first_order: take the inner gradients as constants (FOMAML).
+    """
+    yield parameters
+    for step in range(steps):
+        gradient = inner_gradient(loss, parameters, step)
+        if first_order:
+            gradient = {name: g.detach() for name, g in gradient.items()}
+        rates = rate(step) if callable(rate) else dict.fromkeys(parameters, rate)
+        parameters = {name: p - rates[name] * gradient[name] for name, p in parameters.items()}
+        yield parameters
+
+
+def mini_batches(
+    examples: int, batch: int, steps: int, device: Any, generator: torch.Generator | None = None
+) -> Tensor:
+    """Which examples each step takes, (steps, batch): passes through shuffled examples, end to end.
+
+    Fewer examples than ``batch`` make the batch. With a generator of one seed they are the same for every task.
+    """
+    batch = min(batch, examples)
+    passes = -(-steps * batch // examples)
+    order = torch.rand(passes, examples, generator=generator, device=device).argsort(-1)
+    return order.flatten()[: steps * batch].view(steps, batch)
+
+
+def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
+    """A scalar of this value whose gradient is that of ``surrogate``."""
+    return value.detach() + surrogate - surrogate.detach()
+
+
+def last(path: Iterable[State]) -> State:
+    """The end of a path, of which nothing else is kept."""
+    return deque(path, maxlen=1).pop()
+
+
+def split_parameters(module: nn.Module, adapt_normalization: bool) -> tuple[Parameters, Parameters]:
+    """The trainable parameters in two: those that the inner loop adapts, and batch norm's scales and shifts.
+
+    With ``adapt_normalization`` the second part is empty.
+    """
+    fixed = set()
+    if not adapt_normalization:
+        fixed = {id(p) for m in module.modules() if isinstance(m, BatchNorm) for p in m.parameters()}
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    return {n: p for n, p in named if id(p) not in fixed}, {n: p for n, p in named if id(p) in fixed}
+
+
+def for_ways(parameters: Parameters, ways: int) -> Parameters:
+    """Parameters, or what has their shapes, with the rows of the head for so many classes; 0 leaves them."""
+    if not ways:
+        return parameters
+    return {n: fit_outputs(p, ways) if n.startswith("head.") else p for n, p in parameters.items()}
+
+
+def fit_outputs(weight: Tensor, outputs: int) -> Tensor:
+    """A linear head's rows (or bias) for another number of classes.
+
+    The first ``outputs`` rows; classes beyond the trained ones start from the mean row, which serves any class when
+    labels are permuted (Ye and Chao, ICLR 2022).
+    """
+    if outputs <= len(weight):
+        return weight[:outputs]
+    return torch.cat([weight, weight.mean(0, keepdim=True).expand(outputs - len(weight), *weight.shape[1:])])

@@ -1,0 +1,237 @@
+"""The one base class of all algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map
+
+from datamodules.core.episodes import Episodes, Support, Task
+from datamodules.core.errors import ConfigError
+from models.core.metrics import FINGERPRINT, TaskFigures, classification_figures, regression_figures
+from models.core.predictions import Mixture, Prediction
+from models.core.task_map import map_tasks
+from models.networks.batch_norm import BatchNorm, BatchNormMode, Statistics, recording
+
+OptimizerCallable = Callable[[Iterable], Optimizer]
+SchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What an algorithm's file implements."""
+
+    authors: str
+    title: str
+    venue: str
+    year: int
+    url: str
+
+
+class MetaLearner(pl.LightningModule):
+    """Learns from tasks. An algorithm overrides ``adapt`` and ``predict``, each for ONE task.
+
+    Where the mean query loss after adaptation is not the paper's meta-objective it overrides ``objective``, and where
+    the tasks are not support and query tensors, the steps. State is returned by ``adapt`` and never kept on ``self``:
+    tasks are mapped over by ``vmap``.
+
+    Args:
+        optimizer: of the meta-update, from parameters.
+        scheduler: of its learning rate, stepped once per meta-update; None keeps it constant.
+        batch_norm: where the statistics that normalise a query come from.
+        chunk: tasks that are mapped over together; None chooses by size and device.
+    """
+
+    paper: ClassVar[Paper]
+    tasks: ClassVar[frozenset[Literal["classification", "regression", "reinforcement"]]]
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=1e-3),
+        scheduler: SchedulerCallable | None = None,
+        batch_norm: BatchNormMode = "transductive",
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk is {chunk} but must be at least 1")
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.batch_norm: BatchNormMode = batch_norm
+        self.chunk = chunk
+        self.figures = torch.nn.ModuleDict({f"{stage}_tasks": TaskFigures() for stage in ("train", "val", "test")})
+
+    # What an algorithm overrides ------------------------------------------------------------------------------------
+
+    def adapt(self, support: Support) -> Any:
+        """What is learnt of one task from its support set."""
+        raise NotImplementedError
+
+    def predict(self, state: Any, query_x: Tensor) -> Any:
+        """Logits (Q, ways), values (Q, out) or their Mixture, for queries of the task that ``state`` was adapted to."""
+        raise NotImplementedError
+
+    def adaptation(self, support: Support) -> Iterable[Any]:
+        """The states along the way, from before the first step; here only the last, for lack of steps."""
+        yield self.adapt(support)
+
+    def objective(self, task: Task) -> tuple[Any, ...]:
+        """One task's part of the meta-objective, a scalar, and the predictions it was measured on.
+
+        A third value, a dictionary of tensors, is what the task leaves to the learner beyond its gradient: ``keep``
+        gets its mean over the meta-batch. Under "figures" it may hold a dictionary of scalars to report of the task.
+        """
+        prediction = self.predict(self.adapt(task.support), task.query_x)
+        return self.loss(prediction, task.query_y), prediction
+
+    def traits(self, batch: Episodes) -> dict[str, Tensor]:
+        """Figures of each task, (T, …), that evaluation has beside those of its predictions."""
+        return {}
+
+    def keep(self, values: dict[str, Any]) -> None:
+        """Take what the tasks of a meta-batch left, averaged over them and over all processes."""
+        raise NotImplementedError
+
+    @property
+    def statistics_source(self) -> Literal["batch", "running", "none"]:
+        """What ``normalize_by`` takes for a batch in this mode, before a support set gives better."""
+        if self.batch_norm == "none":
+            return "none"
+        return "running" if self.batch_norm == "running" and not self.training else "batch"
+
+    @property
+    def transductive(self) -> bool:
+        """Whether a prediction depends on the other queries."""
+        own = (m for m in self.modules() if isinstance(m, BatchNorm) and not m.fixed)
+        return self.batch_norm == "transductive" and any(own)
+
+    # What all share -------------------------------------------------------------------------------------------------
+
+    def loss(self, prediction: Prediction, target: Tensor) -> Tensor:
+        """Mean cross-entropy of logits and labels, squared error of values, or negative log-density: a scalar."""
+        if isinstance(prediction, Mixture):
+            return -prediction.log_prob(target).mean()
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        return F.mse_loss(prediction, target) if target.is_floating_point() else F.cross_entropy(prediction, target)
+
+    def map(self, function: Callable[[Task], Any], episodes: Episodes) -> Any:
+        """``function`` of every task of a meta-batch; its tensors come back with a leading (T,)."""
+
+        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *unlabelled: Tensor) -> Any:
+            return function(Task(Support(support_x, support_y, episodes.ways, *unlabelled), query_x, query_y))
+
+        e = episodes
+        # In evaluation what a task draws must not depend on which tasks it is mapped with.
+        randomness = "different" if self.training else "same"
+        unlabelled = () if e.unlabelled_x is None else (e.unlabelled_x,)
+        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *unlabelled)
+        return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
+
+    def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
+        """Figures of each task from predictions (T, Q, …) and targets (T, Q, …)."""
+        with torch.autocast(target.device.type, enabled=False):  # what is measured is not to be rounded, whatever was
+            if isinstance(prediction, Mixture) or target.is_floating_point():
+                return regression_figures(prediction, target, width=not self.training)
+            return classification_figures(prediction, target)
+
+    def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
+        def recorded(task: Task) -> tuple[Tensor, Tensor, dict[str, Any], Statistics]:
+            statistics: Statistics = {}
+            with recording(statistics if self.batch_norm == "running" else None, differentiable=False):
+                loss, prediction, *kept = self.objective(task)
+            return loss, prediction, kept[0] if kept else {}, statistics
+
+        loss, prediction, kept, statistics = self.map(recorded, batch)
+        with torch.no_grad():
+            for (layer, step), of_tasks in self._mean_over_tasks(statistics, batch.meta_batch).items():
+                layer.update_running(*of_tasks, step=step)
+            figures = {"loss": loss, **self.per_task(prediction, batch.query_y), **kept.pop("figures", {})}
+            if kept:
+                self.keep(self._mean_over_tasks(kept, batch.meta_batch))
+            self.task_figures("train").update(batch.index, figures)
+        # Processes may hold unequal shares; DDP averages over processes, the meta-objective is a mean over tasks.
+        return loss.sum() * (self.trainer.world_size / batch.meta_batch)
+
+    def task_figures(self, stage: str) -> TaskFigures:
+        """The figures of "train", "val" or "test" tasks collected so far."""
+        return cast(TaskFigures, self.figures[f"{stage}_tasks"])
+
+    def predictions(self, batch: Episodes) -> Any:
+        """Predictions (T, Q, …) for the queries of every task, in evaluation."""
+        return self.map(lambda task: self.predict(self.adapt(task.support), task.query_x), batch)
+
+    def evaluation_step(self, batch: Episodes, stage: str) -> None:
+        prediction = self.predictions(batch)
+        facts = batch.task | {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
+        figures = self.per_task(prediction, batch.query_y) | self.traits(batch)
+        self.task_figures(stage).update(batch.index, figures, facts)
+
+    def validation_step(self, batch: Episodes, batch_idx: int) -> None:
+        self.evaluation_step(batch, "val")
+
+    def test_step(self, batch: Episodes, batch_idx: int) -> None:
+        self.evaluation_step(batch, "test")
+
+    @property
+    def tasks_seen(self) -> int:
+        """Training tasks consumed so far, over all processes and resumes."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready * self.trainer.datamodule.meta_batch_size
+
+    @property
+    def meta_updates(self) -> int:
+        """Meta-updates made so far, over all resumes; 0 outside of a Trainer."""
+        trainer = getattr(self, "_trainer", None)
+        return 0 if trainer is None else trainer.global_step
+
+    def log_figures(self, stage: str) -> None:
+        """Log what a stage's tasks came to, and forget them."""
+        figures = {f"{stage}/{name}": value for name, value in self.task_figures(stage).compute().items()}
+        # Equal on every process already; sync_dist only tells Lightning so.
+        self.log_dict({**figures, "tasks_seen": float(self.tasks_seen)}, sync_dist=stage != "train")
+        self.task_figures(stage).reset()
+
+    def on_train_batch_start(self, batch: Episodes, batch_idx: int) -> None:
+        # What a step draws (dropout, latent samples) is a function of seed, step and process: resume is exact.
+        step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        torch.manual_seed(hash((self.trainer.datamodule.seed, step, self.global_rank)) & (2**63 - 1))
+
+    def on_train_batch_end(self, outputs: Any, batch: Episodes, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+            self.log_figures("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_figures("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.task_figures("test").reset()
+
+    def on_test_epoch_end(self) -> None:
+        figures = self.task_figures("test").compute()
+        self.log_dict({f"test/{name}": value for name, value in figures.items()}, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if not trained:
+            raise ConfigError("this learner has no parameters beside its frozen backbone: there is nothing to train")
+        optimizer = self.optimizer(trained)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def _mean_over_tasks(self, values: Any, meta_batch: int) -> Any:
+        """Mean over the tasks of all processes of tensors (T, …), held in dictionaries or tuples."""
+
+        def mean(value: Tensor) -> Tensor:
+            of_tasks = value.detach().sum(0) / meta_batch
+            several = self.trainer.world_size > 1
+            return self.trainer.strategy.reduce(of_tasks, reduce_op="sum") if several else of_tasks
+
+        return tree_map(mean, values)

@@ -1,0 +1,241 @@
+"""Figures per task first, then aggregated: mean, 95 % interval over tasks, worst decile, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from models.core.predictions import Mixture, Prediction
+
+ECE_BINS = 15
+LEVELS = 20  # of predictive intervals: 5 %, 10 %, … 100 %
+INTERVAL = 0.95  # the probability of the predictive interval whose coverage and width are told
+HEADLINES = {"classification": ("accuracy", "max"), "regression": ("mse", "min"), "reinforcement": ("return", "max")}
+"""By kind of task, the figure that selects the best checkpoint, and whether "max" or "min" is better."""
+
+
+def classification_figures(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """What is kept of one task.
+
+    Args:
+        logits: (…, Q, ways), of log-probabilities up to a constant.
+        target: (…, Q) int64.
+
+    Returns:
+        accuracy, in [0, 1], nll, nats, both (…,), and ``bins`` (…, 3, 15): for each of 15 equal bins of confidence the
+        number of queries, the correct ones and the sum of their confidences (Guo et al., ICML 2017).
+    """
+    log_p = logits.float().log_softmax(-1)
+    confidence, label = log_p.exp().max(-1)
+    correct = (label == target).float()
+    nll = -log_p.gather(-1, target[..., None]).squeeze(-1).mean(-1)
+    # Bins are open on the left, as torchmetrics and Guo et al. have them.
+    bin_of = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
+    member = torch.nn.functional.one_hot(bin_of, ECE_BINS).float()
+    bins = torch.stack([torch.ones_like(correct), correct, confidence], -2) @ member
+    return {"accuracy": correct.mean(-1), "nll": nll, "bins": bins}
+
+
+def regression_figures(prediction: Prediction, target: Tensor, width: bool = True) -> dict[str, Tensor]:
+    """What is kept of one task; of a distribution more than of a value.
+
+    Args:
+        prediction: values (…, Q, out), or their distribution.
+        target: (…, Q, out).
+        width: measure the predictive interval's width, which takes longer than all the rest.
+
+    Returns:
+        mse, of the value or of the distribution's mean, (…,). Of a distribution also, over queries and outputs: nll,
+        the mean negative log-density, nats; coverage, the share of targets in the central 95 % interval; its mean
+        width, all (…,); and ``levels`` (…, 20): how many targets are in the central 5 % interval, how many more in the
+        10 % interval, and so on.
+    """
+    if not isinstance(prediction, Mixture):
+        return {"mse": _squared_error(prediction, target)}
+    # Densities and tails need the precision that a prediction under autocast does not have.
+    prediction = Mixture(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in prediction))
+    # The central interval of probability p holds what the distribution function puts within p / 2 of one half.
+    central = (2 * prediction.cdf(target) - 1).abs().nan_to_num(1.0)  # a learner that diverged covers nothing
+    level_of = (central * LEVELS).ceil().long().clamp(1, LEVELS) - 1
+    figures = {
+        "mse": _squared_error(prediction.mean.mean(-3), target),
+        "nll": -prediction.log_prob(target).flatten(-2).mean(-1),
+        "coverage": (central <= INTERVAL).float().flatten(-2).mean(-1),
+        "levels": torch.nn.functional.one_hot(level_of.flatten(-2), LEVELS).float().sum(-2),
+    }
+    if width:
+        low, high = prediction.central(INTERVAL)
+        figures["width"] = (high - low).flatten(-2).mean(-1)
+    return figures
+
+
+def _squared_error(value: Tensor, target: Tensor) -> Tensor:
+    return (value.float() - target).square().flatten(-2).mean(-1)
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval, 1.96 standard errors, of per-task values (T,)."""
+    values = values.double()
+    if len(values) < 2:
+        return values.mean().item(), float("nan")
+    return values.mean().item(), (1.96 * values.std() / len(values) ** 0.5).item()
+
+
+def calibration_error(bins: Tensor) -> Tensor:
+    """Expected calibration error of binned queries, (…, 3, 15) to (…,)."""
+    count, correct, confidence = bins.unbind(-2)
+    return (correct - confidence).abs().sum(-1) / count.sum(-1)
+
+
+def coverage_error(levels: Tensor) -> Tensor:
+    """Mean absolute difference between the nominal and the measured coverage of intervals, (…, 20) to (…,).
+
+    Over the levels below 100 %, which every interval of that probability covers.
+    """
+    measured = levels.cumsum(-1) / levels.sum(-1, keepdim=True)
+    nominal = torch.arange(1, LEVELS + 1).to(measured) / LEVELS
+    return (measured - nominal)[..., :-1].abs().mean(-1)
+
+
+def mutual_information(table: Tensor) -> Tensor:
+    """Normalised mutual information of two labellings, of their table of counts (…, A, B), in [0, 1], (…,).
+
+    Twice what they tell of each other over what there is to tell of both; 0 where both have one label.
+    """
+    p = table / table.sum((-1, -2), keepdim=True)
+    rows, columns, both = (torch.special.entr(q).sum((-1, -2)) for q in (p.sum(-1, True), p.sum(-2, True), p))
+    return 2 * (rows + columns - both) / (rows + columns).clamp(min=torch.finfo(p.dtype).tiny)
+
+
+POOLED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "bins": ("ece", calibration_error),
+    "levels": ("coverage_error", coverage_error),
+    "families": ("nmi", mutual_information),
+    "of_optimum": ("normalised_return", lambda sums: sums[..., 0] / sums[..., 1]),
+}
+"""What is pooled over the tasks before it makes a figure: by the name of the counts, that figure."""
+CURVES = frozenset({"returns"})
+"""Names of what each task has several of, in order: kept for pictures, and no figure by itself."""
+LOWER_IS_BETTER = frozenset({"regret", "mse", "nll", "loss", "inner_gradient", "reconstruction"})
+"""Names whose worst decile is the highest."""
+NEITHER_IS_BETTER = frozenset(
+    {
+        *("coverage", "width", "inside_entropy", "outside_entropy", "assignment_entropy"),
+        *("real_loss", "fake_loss", "generator_loss", "kl"),
+        *("q_loss", "v_loss", "policy_loss"),
+    }
+)
+"""Names without a worst decile."""
+FINGERPRINT = "fingerprint"
+"""Among the facts of a task, the number to know it again by."""
+
+
+def aggregate(figures: dict[str, Tensor]) -> dict[str, float]:
+    """Figures over tasks, from those of each task (T, …).
+
+    For each name its mean, ``…_ci95`` and ``…_worst_decile``; what is pooled, as ``ece``, with its interval.
+    """
+    result: dict[str, float] = {}
+    for name, values in figures.items():
+        if name in CURVES:
+            continue
+        if name in POOLED:
+            name, pooled = POOLED[name]
+            result[name] = pooled(values.double().sum(0)).item()
+            result[f"{name}_ci95"] = (1.96 * resampled(values.double(), pooled).std()).item()
+            continue
+        result[name], result[f"{name}_ci95"] = interval(values)
+        if name not in NEITHER_IS_BETTER:
+            worst = values.double().sort(descending=name in LOWER_IS_BETTER).values
+            result[f"{name}_worst_decile"] = worst[: max(1, len(worst) // 10)].mean().item()
+    return result
+
+
+class TaskFigures(Metric):
+    """Collects the figures of every task; ``compute`` aggregates them over unique tasks of all processes.
+
+    Attributes:
+        all_tasks: the table over all processes, once ``compute`` has run.
+        beside: figures of some tasks alone, (N,), which the first process measured and has.
+    """
+
+    index: list[Tensor]
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.facts: list[str] = []
+        self.all_tasks: dict[str, Tensor] = {}
+        self.beside: dict[str, Tensor] = {}
+        self.add_state("index", default=[], dist_reduce_fx="cat")
+
+    def update(self, index: Tensor, figures: dict[str, Tensor], facts: dict[str, Tensor] | None = None) -> None:
+        """Add tasks: their numbers (T,), their figures and what else is to be kept of them, each (T, …)."""
+        for names, values in ((self.names, figures), (self.facts, facts or {})):
+            for name, value in values.items():
+                if name not in names:
+                    names.append(name)
+                    self.add_state(f"task_{name}", default=[], dist_reduce_fx="cat")
+                half = value.is_floating_point() and value.element_size() < 4  # NumPy knows no bfloat16
+                getattr(self, f"task_{name}").append(value.detach().float() if half else value.detach())
+        self.index.append(index)
+
+    def reset(self) -> None:
+        super().reset()
+        self.beside = {}
+
+    def table(self) -> dict[str, Tensor]:
+        """Per-task figures in the order of the tasks' numbers, each task once: name to (T, …), on the CPU."""
+        index, first = _first_of_each(dim_zero_cat(self.index))
+        names = [*self.names, *self.facts]
+        return {"index": index.cpu()} | {n: dim_zero_cat(getattr(self, f"task_{n}"))[first].cpu() for n in names}
+
+    def compute(self) -> dict[str, float]:
+        """Figures over tasks, as ``aggregate`` has them, and the number of ``tasks``."""
+        # Here the states of all processes are together; the table of each alone is not whole.
+        self.all_tasks = self.table()
+        of_tasks = {name: self.all_tasks[name] for name in self.names}
+        return {"tasks": float(len(self.all_tasks["index"])), **aggregate(of_tasks)}
+
+    def everything(self) -> dict[str, float]:
+        """``compute``, and the figures ``beside`` it, each with its number of tasks, ``…_tasks``."""
+        sizes = {f"{name}_tasks": float(len(values)) for name, values in self.beside.items()}
+        return self.compute() | aggregate(self.beside) | sizes
+
+
+def _first_of_each(index: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct numbers, sorted, and where each stands first."""
+    order = torch.argsort(index, stable=True)
+    ordered = index[order]
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return ordered[new], order[new]
+
+
+def resampled(counts: Tensor, pooled: Callable[[Tensor], Tensor], resamples: int = 200) -> Tensor:
+    """A pooled figure of so many resamples of the tasks, drawn with replacement; not a number of less than two tasks.
+
+    As many tasks are always resampled alike: what two learners have on the same resample is paired.
+
+    Args:
+        counts: of each task, (T, …).
+        pooled: the figure of counts summed over tasks.
+        resamples: their number.
+    """
+    tasks = len(counts)
+    if tasks < 2:
+        return torch.full((resamples,), torch.nan, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    flat = counts.flatten(1)
+    sums = torch.stack(
+        [
+            torch.bincount(torch.randint(tasks, (tasks,), generator=generator), minlength=tasks).double() @ flat
+            for _ in range(resamples)
+        ]
+    )
+    return pooled(sums.view(resamples, *counts.shape[1:]))

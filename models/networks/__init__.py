@@ -1,0 +1,1 @@
+"""Networks: backbones and what wraps them, batch norm, recurrent and Bayesian layers."""

@@ -1,0 +1,245 @@
+"""Backbones: networks from an input to features; ``out_features`` says how many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datamodules.core.errors import at_least
+from models.networks.batch_norm import BatchNorm, replace_batch_norm
+
+
+class Backbone(nn.Module):
+    """(N, *input) to (N, out_features).
+
+    ``input_shape`` is (channels, height, width), or (features,) for an MLP. ``maps`` is (channels, height, width) of
+    features that are flattened maps, and None of others. Where ``particles`` is above 0, every parameter and buffer is
+    of so many networks, (M, …).
+    """
+
+    out_features: int
+    input_shape: tuple[int, ...]
+    maps: tuple[int, int, int] | None = None
+    particles: int = 0
+
+
+class Conv4(Backbone):
+    """Four blocks of 3×3 convolution, batch norm and ReLU: the field's standard backbone.
+
+    Args:
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images.
+        hidden: filters of every block (64; 32 in MAML's miniImageNet).
+        image_size: height and width of the input, pixels.
+        downsample: "stride" halves by strided convolution and averages over what is left (MAML's Omniglot network,
+            Finn et al. 2017); "pool" halves by 2×2 max pooling and flattens (Vinyals et al. 2016, Snell et al. 2017).
+        flatten: keep what is left where it is instead of averaging, also with strides (Nichol et al. 2018).
+        halvings: blocks that halve, the first ones (2 in Sung et al. 2018).
+        unpadded: blocks whose convolutions do not pad, the first ones (2 there: 28 pixels become 5, 84 become 19).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        hidden: int = 64,
+        image_size: int = 28,
+        downsample: Literal["stride", "pool"] = "stride",
+        flatten: bool = False,
+        halvings: int = 4,
+        unpadded: int = 0,
+    ) -> None:
+        super().__init__()
+        at_least(1, in_channels=in_channels, hidden=hidden, image_size=image_size)
+        at_least(0, halvings=halvings, unpadded=unpadded)
+        self.downsample, self.flatten, self.halvings = downsample, flatten or downsample == "pool", halvings
+        self.input_shape = (in_channels, image_size, image_size)
+        channels, convs, side = (in_channels, hidden, hidden, hidden), [], image_size
+        for block, c in enumerate(channels):
+            stride = 2 if downsample == "stride" and block < halvings else 1
+            padding = int(block >= unpadded)
+            convs.append(nn.Conv2d(c, hidden, 3, stride, padding))
+            side = (side + 2 * padding - 3) // stride + 1
+            if downsample == "pool" and block < halvings:
+                side //= 2
+            if side < 1:
+                raise ValueError(f"image_size is {image_size} but nothing is left of that after {block + 1} blocks")
+        self.convs = nn.ModuleList(convs)
+        self.norms = nn.ModuleList(BatchNorm(hidden) for _ in channels)
+        for conv in convs:  # Glorot and Bengio 2010, as both reference implementations of this network
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.constant_(cast(Tensor, conv.bias), 0.0)
+        self.maps = (hidden, side, side) if self.flatten else None
+        self.out_features = hidden * side**2 if self.flatten else hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(conv(x))
+            if self.downsample == "pool" and block < self.halvings:
+                x = F.max_pool2d(x, 2)  # before ReLU: the same values from a quarter of the work
+            x = F.relu(x)
+        return x.flatten(1) if self.flatten else x.mean((2, 3))
+
+
+class ResNet(Backbone):
+    """Residual blocks of 3×3 convolutions, each with its 1×1 shortcut and 2×2 max pooling; the mean over what is left.
+
+    By default the field's ResNet-12, three convolutions in each of four blocks (Oreshkin et al. 2018), with the widths
+    of Lee et al. 2019, but for its dropout.
+
+    Args:
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images.
+        widths: filters of each block.
+        convs: of each block.
+        image_size: height and width of the input, pixels.
+        halvings: blocks that halve, the first ones; None for all.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        widths: Sequence[int] = (64, 160, 320, 640),
+        convs: int = 3,
+        image_size: int = 84,
+        halvings: int | None = None,
+    ) -> None:
+        super().__init__()
+        at_least(1, in_channels=in_channels, blocks=len(widths), convs=convs, image_size=image_size)
+        at_least(1, **{f"widths[{i}]": width for i, width in enumerate(widths)})
+        at_least(0, halvings=halvings)
+        halved = len(widths) if halvings is None else min(halvings, len(widths))
+        if image_size >> halved < 1:
+            raise ValueError(f"image_size is {image_size} but nothing is left of that after {halved} halvings")
+        channels = [in_channels, *widths]
+        self.blocks = nn.ModuleList(
+            ResidualBlock(i, o, convs, k < halved) for k, (i, o) in enumerate(pairwise(channels))
+        )
+        self.input_shape, self.out_features = (in_channels, image_size, image_size), channels[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.mean((2, 3))
+
+
+class ResidualBlock(nn.Module):
+    """Convolutions beside a 1×1 convolution, each with batch norm; LeakyReLU of slope 0.1; halved where asked for."""
+
+    def __init__(self, in_channels: int, out_channels: int, convs: int, halve: bool) -> None:
+        super().__init__()
+        channels = [in_channels] + [out_channels] * convs
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in pairwise(channels))
+        self.norms = nn.ModuleList(BatchNorm(out_channels) for _ in range(convs))
+        self.shortcut, self.norm = nn.Conv2d(in_channels, out_channels, 1, bias=False), BatchNorm(out_channels)
+        self.halve = halve
+        for conv in (*self.convs, self.shortcut):  # He et al. 2015, as their code
+            nn.init.kaiming_normal_(cast(nn.Conv2d, conv).weight, 0.1, "fan_out", "leaky_relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for k, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = norm(conv(F.leaky_relu(y, 0.1) if k else y))
+        y = y + self.norm(self.shortcut(x))
+        if self.halve:
+            y = F.max_pool2d(y, 2)  # before the nonlinearity: the same values from a quarter of the work
+        return F.leaky_relu(y, 0.1)
+
+
+class MLP(Backbone):
+    """Fully connected layers with ReLU; batch norm where asked for.
+
+    Args:
+        in_features: size of the input; images are flattened.
+        hidden: sizes of the hidden layers (40, 40 for MAML's sinusoid; 256, 128, 64, 64 with batch norm for its
+            Omniglot without convolutions).
+        batch_norm: normalise after every layer.
+    """
+
+    def __init__(self, in_features: int = 1, hidden: Sequence[int] = (40, 40), batch_norm: bool = False) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden]
+        for i, size in enumerate(sizes):
+            at_least(1, **{"in_features" if i == 0 else f"hidden[{i - 1}]": size})
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.norms = nn.ModuleList(BatchNorm(s) if batch_norm else nn.Identity() for s in hidden)
+        self.input_shape = (in_features,)
+        self.out_features = sizes[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.relu(norm(layer(x)))
+        return x
+
+
+class Conv2(Backbone):
+    """Two 5×5 convolutions with max pooling and local response normalisation, two dense layers: HSML's view of images.
+
+    It has no batch norm: what it sees of an image depends on no other (Yao et al. 2019, their code).
+
+    Args:
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images.
+        hidden: filters of both convolutions.
+        image_size: height and width of the input, pixels.
+        dense: sizes of the dense layers.
+    """
+
+    def __init__(
+        self, in_channels: int = 1, hidden: int = 32, image_size: int = 28, dense: tuple[int, int] = (384, 64)
+    ) -> None:
+        super().__init__()
+        at_least(1, in_channels=in_channels, hidden=hidden, image_size=image_size)
+        self.convs = nn.ModuleList(nn.Conv2d(c, hidden, 5, padding=2) for c in (in_channels, hidden))
+        side = -(-image_size // 4)
+        self.layers = nn.ModuleList([nn.Linear(hidden * side**2, dense[0]), nn.Linear(*dense)])
+        self.input_shape = (in_channels, image_size, image_size)
+        self.out_features = dense[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.convs
+        x = self.respond(F.max_pool2d(F.relu(first(x)), 3, 2, 1))
+        x = F.max_pool2d(self.respond(F.relu(second(x))), 3, 2, 1).flatten(1)
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return x
+
+    def respond(self, x: Tensor) -> Tensor:
+        """Every value over a power of 1 and the mean square of the nine channels around it."""
+        return F.local_response_norm(x, 9, alpha=1e-3, beta=0.75, k=1.0)
+
+
+class Learn2Learn(Backbone):
+    """A backbone of learn2learn's, with our batch norm in place of its own.
+
+    Args:
+        name: "cnn4", "resnet12" or "wrn28".
+        in_channels: of the input; the residual networks take 3.
+        hidden: filters of cnn4.
+        image_size: height and width of the input, pixels.
+    """
+
+    def __init__(
+        self,
+        name: Literal["cnn4", "resnet12", "wrn28"] = "cnn4",
+        in_channels: int = 3,
+        hidden: int = 64,
+        image_size: int = 84,
+    ) -> None:
+        super().__init__()
+        import learn2learn.vision.models as l2l  # not on the import path of those who do not use it
+
+        if name == "cnn4":
+            self.out_features = hidden * (image_size // 16) ** 2
+            body = l2l.CNN4Backbone(hidden_size=hidden, channels=in_channels, max_pool=True)
+        else:
+            if in_channels != 3:
+                raise ValueError(f"learn2learn's {name} takes 3 channels, not {in_channels}")
+            body = l2l.ResNet12Backbone() if name == "resnet12" else l2l.WRN28Backbone()
+            self.out_features = 640
+        self.input_shape = (in_channels, image_size, image_size)
+        self.body = replace_batch_norm(body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).flatten(1)

@@ -1,0 +1,1 @@
+"""Learners that adapt parameters by gradient steps."""

@@ -1,0 +1,1 @@
+"""Learners that act in environments, and strategies that need no training."""

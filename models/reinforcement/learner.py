@@ -1,0 +1,84 @@
+"""The base of learners of reinforcement learning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.reinforcement.environments import Environment, Environments
+from models.core.learner import MetaLearner
+from models.core.metrics import FINGERPRINT
+from models.reinforcement.trials import Agent, Trial, run_trial
+
+
+class ReinforcementLearner(MetaLearner):
+    """Learns to act in environments. An algorithm overrides ``agent`` and its meta-training step.
+
+    Args:
+        observations, actions, discrete: of the environments, see Environment; None takes any.
+        **others: see MetaLearner.
+    """
+
+    tasks = frozenset({"reinforcement"})
+
+    def __init__(
+        self, observations: int | None = None, actions: int | None = None, discrete: bool = True, **others: Any
+    ) -> None:
+        super().__init__(batch_norm="none", **others)
+        self.observations, self.actions, self.discrete = observations, actions, discrete
+
+    def agent(self) -> Agent:
+        """That acts as the learner has it now."""
+        raise NotImplementedError
+
+    def task_latents(self, batch: Environments) -> Tensor | None:
+        """What the learner has of each task for a latent, after a trial, (T, L), to be looked at; None without."""
+        return None
+
+    def misfit(self, environment: Environment) -> str | None:
+        """Why the learner cannot act in this environment, and the cure; None if it can."""
+        wanted = {
+            "observations": environment.seen_size,
+            "actions": environment.actions,
+            "discrete": environment.discrete,
+        }
+        for name, value in wanted.items():
+            if getattr(self, name) not in (None, value):
+                return (
+                    f"the model's {name} is {getattr(self, name)} but the environment has {value}: "
+                    f"give --model.init_args.{name} {str(value).lower()}"
+                )
+        return None
+
+    def trial_figures(self, batch: Environments, trial: Trial) -> dict[str, Tensor]:
+        """Figures of each task: its returns, and how they compare with the best policy's where that is known."""
+        return self.return_figures(batch, trial.returns(len(trial.reward) // batch.environment.horizon))
+
+    def return_figures(self, batch: Environments, returns: Tensor) -> dict[str, Tensor]:
+        """Figures of each task, from the returns of its episodes in order, (T, episodes)."""
+        episodes, total = returns.shape[1], returns.sum(1)
+        figures = {"return": total, "first_episode": returns[:, 0], "last_episode": returns[:, -1], "returns": returns}
+        optimum = batch.environment.optimum(batch.task)
+        if optimum is not None:
+            figures["regret"] = episodes * optimum - total
+            figures["of_optimum"] = torch.stack([total, episodes * optimum], 1)
+        return figures
+
+    def evaluation_figures(self, batch: Environments) -> dict[str, Tensor]:
+        """Figures of each task, (T, …), of a trial in it."""
+        return self.trial_figures(batch, run_trial(batch, self.agent()))
+
+    def last_step(self) -> None:
+        """The last of several steps of the optimizer that a learner takes by itself in a meta-update.
+
+        It alone goes through Lightning, so that ``max_steps``, checkpoints and schedules count meta-updates.
+        """
+        self.optimizers().step()  # pyright: ignore
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()  # pyright: ignore
+
+    def evaluation_step(self, batch: Environments, stage: str) -> None:
+        facts = {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
+        self.task_figures(stage).update(batch.index, self.evaluation_figures(batch), facts)

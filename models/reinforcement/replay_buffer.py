@@ -1,0 +1,178 @@
+"""Transitions that are learned from again: whole episodes, appended to a file that outlives the process."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.core.errors import ConfigError
+
+FILE = "replay/episodes.bin"  # in a run's folder
+
+
+class Replay:
+    """Episodes of finitely many tasks, all of one length, in the order in which they were added.
+
+    Nothing is ever changed or dropped: a file that once held the first n episodes holds them for good. So a checkpoint
+    needs no copy of them, only how many there were and their checksum, and whatever a killed run left beyond those is
+    overwritten. Rows are read through a map of the file, but written as to any file: on a full disk a map ends the
+    process without a word.
+
+    Args:
+        file: None keeps the episodes where no other process finds them.
+        tasks: their number.
+        horizon: transitions of an episode.
+        width: numbers of a transition.
+        dtype: of them.
+    """
+
+    def __init__(self, file: Path | None, tasks: int, horizon: int, width: int, dtype: torch.dtype) -> None:
+        self.path, self.tasks, self.horizon, self.width, self.dtype = file, tasks, horizon, width, dtype
+        self._task: list[int] = []  # of every episode
+        self._episodes = torch.zeros(tasks, 1, dtype=torch.int64)  # of every task, as many as ``_count`` has
+        self._count = torch.zeros(tasks, dtype=torch.int64)
+        self._context = torch.zeros(tasks, 2, dtype=torch.int64)  # of every task: first episode of it, and how many
+        self._checksum = 0
+        self._rows = torch.empty(0, width, dtype=dtype)
+        try:
+            if file is None:
+                self._file: Any = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+            else:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def __len__(self) -> int:
+        return len(self._task)
+
+    def close(self) -> None:
+        self._rows = self._rows[:0].clone()
+        self._file.close()
+
+    def append(self, task: int, episodes: Tensor, context: int) -> None:
+        """Add episodes (E, horizon, width) of a task; the first ``context`` of them are its context from now on.
+
+        Raises:
+            ConfigError: the disk is full, or the file cannot be written.
+        """
+        content = episodes.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        self._write(len(self) * self._episode_bytes, content)
+        self._checksum = zlib.crc32(content, self._checksum)
+        self._context[task] = torch.tensor([len(self), context])
+        self._add([task] * len(episodes))
+
+    def rows(self, task: Tensor, draws: Tensor) -> Tensor:
+        """Transitions of tasks (T,), (T, n, width), each at random: by uniform numbers (T, n) in [0, 1)."""
+        step = _integers(draws, self._count[task, None] * self.horizon)
+        episode = self._episodes[task[:, None], step // self.horizon]
+        return self._at(episode * self.horizon + step % self.horizon)
+
+    def context(self, task: Tensor, draws: Tensor) -> Tensor:
+        """The same of each task's context."""
+        first, episodes = (self._context[task] * self.horizon).unbind(1)
+        return self._at(first[:, None] + _integers(draws, episodes[:, None]))
+
+    def sync(self) -> None:
+        """Have the disk hold what a checkpoint counts on.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "task": torch.tensor(self._task, dtype=torch.int32),
+            "context": self._context.clone(),
+            "checksum": self._checksum,
+            "shape": [self.tasks, self.horizon, self.width, str(self.dtype)],
+        }
+
+    def load(self, state: dict[str, Any], source: Path) -> None:
+        """Go on from a checkpoint's state and the file that was beside it, be it this one or of another run.
+
+        Raises:
+            ConfigError: the file is not there, does not hold those episodes, or they are of other tasks.
+        """
+        shape = [self.tasks, self.horizon, self.width, str(self.dtype)]
+        if state["shape"] != shape:
+            raise ConfigError(
+                f"the checkpoint's replay buffer is of [tasks, horizon, numbers, type] {state['shape']}, the run's of "
+                f"{shape}: leave data and precision as they were, or start a new run"
+            )
+        size = len(state["task"]) * self._episode_bytes
+        why, checksum, done = "", 0, 0
+        try:
+            with open(source, "rb") as file:
+                while done < size and (part := file.read(min(2**24, size - done))):
+                    checksum = zlib.crc32(part, checksum)
+                    if source != self.path:
+                        self._write(done, part)
+                    done += len(part)
+            if done < size:
+                why = f"it ends after {done} of {size} bytes" if done else "there is none"
+            elif checksum != state["checksum"]:
+                why = "its checksum is another"
+        except OSError as error:
+            why = str(error.strerror)
+        if why:
+            raise ConfigError(
+                f"{source} is not the replay buffer of the checkpoint ({why}): bring back the file that was beside it, "
+                "or start a new run"
+            )
+        self._task, self._count = [], torch.zeros_like(self._count)
+        self._checksum, self._context = checksum, state["context"].clone()
+        self._add(state["task"].tolist())
+
+    @property
+    def _episode_bytes(self) -> int:
+        return self.horizon * self.width * self.dtype.itemsize
+
+    def _write(self, place: int, content: bytes) -> None:
+        left = memoryview(content)
+        try:
+            self._file.seek(place)
+            while left:  # what is almost full takes less than it is given
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _add(self, tasks: list[int]) -> None:
+        for t in tasks:
+            if self._count[t] == self._episodes.shape[1]:
+                self._episodes = torch.cat([self._episodes, torch.zeros_like(self._episodes)], 1)
+            self._episodes[t, self._count[t]] = len(self._task)
+            self._count[t] += 1
+            self._task.append(t)
+        if self._task:
+            # Copied on write: nobody changes the file by way of its rows.
+            mapped = mmap.mmap(self._file.fileno(), len(self) * self._episode_bytes, access=mmap.ACCESS_COPY)
+            self._rows = torch.frombuffer(mapped, dtype=self.dtype).view(-1, self.width)
+
+    def _at(self, place: Tensor) -> Tensor:
+        return self._rows.index_select(0, place.flatten()).view(*place.shape, self.width)
+
+    def _refused(self, error: OSError) -> ConfigError:
+        cure = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
+        where = self.path or tempfile.gettempdir()
+        return ConfigError(
+            f"could not write the replay buffer to {where} ({error.strerror}): {cure}, then go on with --ckpt_path last"
+        )
+
+
+def _integers(draws: Tensor, below: Tensor) -> Tensor:
+    """Uniform integers in [0, below) from uniform numbers in [0, 1)."""
+    return (draws * below).long().clamp(max=below - 1)

@@ -1,0 +1,108 @@
+"""Trials: an agent in environments, its memory kept from the first episode to the last."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from datamodules.reinforcement.environments import Environment, Environments, Facts
+from models.reinforcement.policies import encode
+
+
+class Seen(NamedTuple):
+    """What an agent knows when it acts, of each of N environments.
+
+    Attributes:
+        observation: (N, seen_size).
+        action: the previous one, (N, actions), one-hot where discrete; zeros at the start of the trial.
+        reward: that it brought, (N,).
+        done: (N,), 1 where it was the last of an episode.
+        reached: the observation that it led to, (N, seen_size): another than ``observation`` where an episode starts.
+    """
+
+    observation: Tensor
+    action: Tensor
+    reward: Tensor
+    done: Tensor
+    reached: Tensor
+
+
+class Trial(NamedTuple):
+    """Episodes one after another in each of N environments.
+
+    Attributes:
+        seen: before each action, each part (steps, N, …).
+        action: (steps, N), or (steps, N, actions) where continuous.
+        reward, shaped: (steps, N).
+        reached: the observation that each action led to, (steps, N, seen_size).
+        told: what the agent left of each step, each tensor (steps, N, …).
+    """
+
+    seen: Seen
+    action: Tensor
+    reward: Tensor
+    shaped: Tensor
+    reached: Tensor
+    told: Any
+
+    def returns(self, episodes: int) -> Tensor:
+        """Undiscounted returns of each episode, (N, episodes)."""
+        return self.reward.unflatten(0, (episodes, -1)).sum(1).T
+
+
+class Agent(Protocol):
+    """Acts in N environments at a time.
+
+    Attributes:
+        draws: uniform numbers that an action takes.
+    """
+
+    draws: int
+
+    def begin(self, environment: Environment, task: Facts) -> Any:
+        """The memory at the start of a trial; only an oracle looks at facts (N, …) for more than their number."""
+        ...
+
+    def act(self, memory: Any, seen: Seen, draws: Tensor) -> tuple[Any, Tensor, Any]:
+        """The next memory, actions (N,) or (N, actions), and tensors (N, …) to keep of the step, in any structure."""
+        ...
+
+
+def run_trial(batch: Environments, agent: Agent, episodes: int | None = None, purpose: int = 0) -> Trial:
+    """A trial of so many episodes in each environment of the batch; the agent's memory lasts from end to end.
+
+    Args:
+        batch: the environments.
+        agent: acts.
+        episodes: None for those of the batch.
+        purpose: tells trials of the same tasks apart: chance is a function of it and of the tasks' numbers.
+    """
+    environment, task, episodes = batch.environment, batch.task, episodes or batch.episodes
+    steps = episodes * environment.horizon
+    starts = batch.draws(episodes, environment.start_draws, purpose=3 * purpose + 1)
+    moves = batch.draws(steps, environment.step_draws, purpose=3 * purpose + 2)
+    choices = batch.draws(steps, agent.draws, purpose=3 * purpose + 3)
+    memory, state, kept = agent.begin(environment, task), None, []
+    observation, action, reward, done = None, None, None, None
+    for t in range(steps):
+        first = t % environment.horizon == 0
+        reached = observation
+        if first:
+            state = environment.start(task, starts[:, t // environment.horizon])
+            observation = environment.seen(task, state)
+        assert observation is not None
+        if action is None:
+            action = observation.new_zeros(len(batch), environment.actions)
+            reward, done, reached = *observation.new_zeros(2, len(batch)), observation
+        assert reward is not None and done is not None and reached is not None
+        seen = Seen(observation, action, reward, done, reached)
+        memory, chosen, told = agent.act(memory, seen, choices[:, t])
+        state, reward, shaped = environment.step(task, state, chosen, moves[:, t])
+        observation = environment.seen(task, state)
+        kept.append(Trial(seen, chosen, reward, shaped, observation, told))
+        action = encode(chosen, environment.actions, environment.discrete).to(observation)
+        done = torch.full_like(reward, float((t + 1) % environment.horizon == 0))
+    return tree_map(lambda *parts: torch.stack(parts), *kept)

@@ -1,0 +1,1 @@
+"""Learners that place a task among others."""

@@ -1,0 +1,133 @@
+"""What the command line says when something is wrong, and what it leaves behind when all is well."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from app.cli.builder import main
+from tests.support.toy import command
+
+
+def error(capsys, *args: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err.strip()
+    assert text.startswith("error: ")
+    assert "\n" not in text, "one line"
+    return text
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--model.inner_rat", "0.1"), "'model.init_args.inner_rate'"),
+        (("--model.init_args.iner_steps", "2"), "'model.init_args.inner_steps'"),
+        (("--data.wayz", "3"), "'data.init_args.ways'"),
+        (("--trainer.max_stepz", "3"), "'trainer.max_steps'"),
+        (("--nam", "x"), "'name'"),
+        (("--model.backbone.hiden", "4"), "'model.init_args.backbone.init_args.hidden'"),
+        (("--model", "models.MALM"), "'models.MAML'"),
+        (("--data", "datamodules.Omniglott"), "'datamodules.Omniglot'"),
+    ],
+)
+def test_unknown_key_names_the_nearest(flags, expected, capsys, tmp_path):
+    """Catches a typo that is ignored, or answered by a page of text."""
+    text = error(capsys, *command("MAML", tmp_path), *flags)
+    assert f"did you mean {expected}" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_key_in_a_file_names_the_nearest(capsys, tmp_path):
+    """Catches a typo in YAML that is ignored."""
+    path = tmp_path / "x.yaml"
+    path.write_text("trainer:\n  max_stepz: 3\n")
+    assert "did you mean 'trainer.max_steps'" in error(
+        capsys, *command("MAML", tmp_path / "runs"), "--config", str(path)
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--data.ways", "1"), "ways is 1"),
+        (("--data.shots", "0"), "shots is 0"),
+        (("--data.meta_batch_size", "0"), "meta_batch_size is 0"),
+        (("--model.inner_steps", "-1"), "inner_steps is -1"),
+        (("--model.outputs", "4"), "--model.init_args.outputs 3"),
+        (("--checkpoint_every", "0"), "checkpoint_every is 0"),
+        (("--trainer.accumulate_grad_batches", "4"), "multiple of 4"),
+        (("--trainer.max_steps", "-1"), "--trainer.max_steps"),
+        (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
+        (("--stage", "test", "--ckpt_path", "best"), "train first"),
+        (("--data", "datamodules.Linear", "--model", "models.ProtoNet"), "ProtoNet learns classification"),
+        (("--model.optimizer.lr", "fast"), "lr"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("--data.ways", "13", "--model.outputs", "13"), "12 classes"),
+        (("--data.queries", "20"), "20 images"),
+    ],
+)
+def test_impossible_values_are_refused_before_any_work(flags, expected, capsys, tmp_path):
+    """Catches a run that fails after hours, or whose error does not name the setting or the cure."""
+    assert expected in error(capsys, *command("MAML", tmp_path), *flags)
+
+
+def test_print_config_runs_again(capsys, tmp_path):
+    """Catches a printed configuration that is incomplete or does not parse."""
+    with pytest.raises(SystemExit) as stop:
+        main([*command("MAML", tmp_path), "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["inner_steps"] == 2
+    assert printed["trainer"]["max_steps"] == 12
+
+
+def test_a_run_leaves_what_it_promises(capsys, tmp_path):
+    """Catches a missing interval, seed, version or statement of transduction, a table without the folder, and pictures
+    that nobody wants."""
+    main(command("MAML", tmp_path))
+    run = tmp_path / "maml"
+    results = json.loads((run / "results.json").read_text())
+    assert results["tasks"] == 12
+    outside = {"inside_entropy", "outside_entropy", "outside_auroc"}
+    assert set(results["figures"]) == {"accuracy", "nll", "ece"} | outside
+    assert all({"mean", "ci95"} <= set(f) for f in results["figures"].values())
+    assert results["transductive"] is True
+    assert {"torch", "pytorch-lightning", "python"} <= set(results["versions"])
+    assert results["seed"] == 0
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    assert (run / "config.yaml").is_file()
+    assert (run / "test_tasks.csv").is_file()
+    assert not list(run.rglob("*.png"))
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"step", "tasks_seen", "val/accuracy", "val/accuracy_ci95", "test/accuracy"} <= set(header)
+    out = capsys.readouterr().out
+    assert "±" in out
+    assert str(run) in out.replace("\n", "")
+
+
+def test_stages_validate_and_test_use_the_best_checkpoint(capsys, tmp_path):
+    """Catches a test of an untrained learner, and one that starts a directory of its own."""
+    main(command("ProtoNet", tmp_path))
+    first = json.loads((tmp_path / "protonet" / "results.json").read_text())
+    rows = (tmp_path / "protonet" / "metrics.csv").read_text().splitlines()
+    main(command("ProtoNet", tmp_path, "--stage", "test"))
+    kept = (tmp_path / "protonet" / "metrics.csv").read_text().splitlines()
+    assert [r.split(",")[0] for r in kept] == [r.split(",")[0] for r in rows], "a test loses no row of the training"
+    again = json.loads((tmp_path / "protonet" / "results.json").read_text())
+    assert again["figures"] == first["figures"]
+    assert again["checkpoint"].endswith("best.ckpt")
+    main(command("ProtoNet", tmp_path, "--stage", "validate", "--ckpt_path", "last"))
+    assert [p.name for p in tmp_path.iterdir()] == ["protonet"]
+
+
+def test_figures_that_are_no_numbers_are_told(tmp_path, capsys):
+    """Catches a closing table that fails on a figure that is not a number, and with it the results."""
+    diverging = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e20")
+    main(command("MAML", tmp_path, *diverging, steps=1))  # weights that are finite, and useless
+    results = json.loads((tmp_path / "maml" / "results.json").read_text())
+    assert results["figures"]["nll"]["mean"] is None
+    assert "nan" in capsys.readouterr().out

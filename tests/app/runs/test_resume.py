@@ -1,0 +1,145 @@
+"""Killed at any moment, a run goes on to the weights of the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+
+import pytest
+import torch
+
+from app.cli.builder import main
+from app.runs.directory import choose_run
+from datamodules.core.errors import ConfigError
+from datamodules.core.files import write_atomically
+from models.core.checkpoint_io import AtomicCheckpointIO, load_checkpoint
+from tests.support.processes import kills, same_weights, start, wait_for_step
+from tests.support.toy import command, weights
+
+SLOWED = ("--trainer.log_every_n_steps", "5")
+
+
+@pytest.mark.parametrize("algorithm", ["MAML", "ProtoNet"])
+def test_sigterm_saves_the_step_that_it_interrupts(algorithm, tmp_path):
+    """Catches a SIGTERM that loses work, and a checkpoint of a half-done accumulation: 3 batches make a meta-update."""
+    torch.set_num_threads(1)  # as the other process: sums in another order are other bits
+    accumulate = ("--trainer.accumulate_grad_batches", "3")
+    main(command(algorithm, tmp_path / "whole", *accumulate, steps=40))
+    name = algorithm.lower()
+    last = tmp_path / "cut" / name / "checkpoints" / "last.ckpt"
+    process = start(*command(algorithm, tmp_path / "cut", *accumulate, "--checkpoint_every", "1", steps=4000))
+    wait_for_step(last, 3, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "--ckpt_path last" in output
+    reached = load_checkpoint(last)["global_step"]
+    assert reached < 4000
+    target = max(40, reached + 1)
+    if target != 40:
+        main(command(algorithm, tmp_path / "longer", *accumulate, steps=target))
+    main(command(algorithm, tmp_path / "cut", *accumulate, "--ckpt_path", "last", steps=target))
+    whole = tmp_path / ("whole" if target == 40 else "longer") / name / "checkpoints" / "last.ckpt"
+    assert same_weights(whole, last)
+
+
+@pytest.mark.parametrize(("algorithm", "steps"), [("MAML", 120), ("RL2", 40)])
+def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(algorithm, steps, tmp_path):
+    """Catches half-written checkpoints, skipped or repeated tasks, and a best checkpoint forgotten by the resume."""
+    kills(tmp_path, algorithm, times=1, steps=steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["MAML", "ProtoNet"])
+def test_ten_kills(algorithm, tmp_path):
+    """Catches what one kill does not: ten at random moments, five of each algorithm."""
+    kills(tmp_path, algorithm, times=5, steps=300)
+
+
+def test_last_is_safe_when_there_is_none_and_config_is_kept(tmp_path, capfd):
+    """Catches a first run that fails for asking to resume, and a second that overwrites the first one's config."""
+    main(command("ProtoNet", tmp_path, "--ckpt_path", "last", steps=2))
+    run = tmp_path / "protonet"
+    first = (run / "config.yaml").read_text()
+    main(command("ProtoNet", tmp_path, "--ckpt_path", "last", steps=4))
+    assert (run / "config.yaml").read_text() == first
+    assert "max_steps: 4" in (run / "config.resume-1.yaml").read_text()
+    main(command("ProtoNet", tmp_path, steps=2))
+    assert (tmp_path / "protonet-2" / "config.yaml").is_file()
+    rows = (run / "metrics.csv").read_text().splitlines()
+    assert len(rows) > 1
+
+
+def test_flags_win_over_the_checkpoint(tmp_path):
+    """Catches hyperparameters of a checkpoint that silently replace explicit flags."""
+    main(command("MAML", tmp_path, steps=2))
+    from app.cli.builder import MetaboltCLI, run
+
+    cli = MetaboltCLI(command("MAML", tmp_path, "--ckpt_path", "last", "--model.inner_rate", "0.123", steps=4))
+    run(cli)
+    assert cli.model.inner_rate == 0.123
+    assert cli.trainer.global_step == 4
+
+
+def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, capsys):
+    """Catches the state of one optimizer in another, which fails, or trains with what means something else."""
+    main(command("MAML", tmp_path, steps=2))
+    with pytest.raises(SystemExit):
+        main(command("MAML", tmp_path, "--ckpt_path", "last", "--model.optimizer", "torch.optim.SGD", steps=4))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the state of torch.optim.Adam, with which torch.optim.SGD cannot go on" in error
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
+    """Catches a training that goes on for hours with weights that are lost, and saves them over the good ones."""
+    diverging = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e20", "--checkpoint_every", "1")
+    with pytest.raises(SystemExit) as stopped:
+        main(command("MAML", tmp_path, *diverging, steps=9))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "meta-training diverged: " in error
+    assert "--trainer.gradient_clip_val" in error
+    saved = weights(tmp_path / "maml" / "checkpoints" / "last.ckpt")  # of the first step, finite and useless
+    assert all(w.isfinite().all() for w in saved.values())
+
+
+def test_full_disk_keeps_the_old_checkpoint_and_goes_on(tmp_path, monkeypatch):
+    """Catches a half-written file that is later trusted, and a training that dies for lack of disk."""
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(UserWarning, match="training goes on, free some space"):
+        io.save_checkpoint({"step": 2}, path)
+    assert load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text, not a checkpoint"])
+def test_damaged_checkpoint_is_one_clear_error(damage, tmp_path):
+    """Catches a truncated or foreign file that is trusted, or that ends in a traceback."""
+    path = tmp_path / "x.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(100)}}, path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ConfigError, match="not a whole checkpoint"):
+        load_checkpoint(path)
+
+
+def test_choice_of_run(tmp_path):
+    """Catches a fresh run in an old directory, and last, best or test that look in the wrong one."""
+    assert choose_run(tmp_path, "a", None, "fit") == (tmp_path / "a", None)
+    for name in ("a", "a-2", "a-10", "a-b"):
+        write_atomically(tmp_path / name / "config.yaml", "")
+    assert choose_run(tmp_path, "a", None, "fit")[0].name == "a-11"
+    assert choose_run(tmp_path, "a", None, "test")[0].name == "a-10"
+    assert choose_run(tmp_path, "a", "last", "fit") == (tmp_path / "a-10", None)
+    write_atomically(tmp_path / "a-10" / "checkpoints" / "last.ckpt", "")
+    assert choose_run(tmp_path, "a", "last", "fit")[1] == tmp_path / "a-10" / "checkpoints" / "last.ckpt"
+    with pytest.raises(ConfigError, match="no best checkpoint"):
+        choose_run(tmp_path, "a", "best", "test")
+    with pytest.raises(ConfigError, match="existing file"):
+        choose_run(tmp_path, "a", "nothing.ckpt", "fit")

@@ -1,0 +1,233 @@
+"""What every algorithm keeps, whatever it is; a new one is found through ``models.ALGORITHMS``."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import get_args
+
+import pytest
+import torch
+from PIL import Image
+
+import models
+from app.cli.builder import MetaboltCLI, main
+from app.evaluate import main as evaluate
+from app.predict import main as predict
+from datamodules.core.episodes import Support
+from models.core.checkpoint_io import load_checkpoint
+from models.networks.batch_norm import BatchNorm, BatchNormMode
+from tests.support.toy import ALGORITHMS, LEARNERS, ToyImages, command, headline, weights
+
+FEW_SHOT = pytest.mark.parametrize("name", ALGORITHMS)
+EVERY = pytest.mark.parametrize("name", LEARNERS)
+
+
+def learner(name: str, tmp_path, *flags: str) -> models.MetaLearner:
+    torch.manual_seed(0)
+    return MetaboltCLI(command(name, tmp_path, *flags)).model
+
+
+def task():
+    data = ToyImages(ways=3, shots=2, queries=4, meta_batch_size=2)
+    return data.on_device(data.distribution("train").sample([0]))[0]
+
+
+def test_every_algorithm_has_a_toy_configuration():
+    """Catches an algorithm that the contract is not tested on."""
+    assert {a.__name__ for a in models.ALGORITHMS} <= set(LEARNERS)
+
+
+@pytest.mark.parametrize("algorithm", models.ALGORITHMS)
+def test_says_what_it_is(algorithm):
+    """Catches an algorithm without its paper or its kind of tasks."""
+    assert algorithm.paper.url.startswith("https://")
+    assert 1990 < algorithm.paper.year < 2100
+    assert algorithm.tasks
+
+
+@FEW_SHOT
+def test_state_is_returned_not_stored(name, tmp_path):
+    """Catches state on self between support and query, which vmap and interleaved tasks would mix up."""
+    model = learner(name, tmp_path).eval()
+    t = task()
+    before = copy.deepcopy({k: v for k, v in vars(model).items() if not k.startswith("_")})
+    parameters = {n: p.clone() for n, p in model.state_dict().items()}
+    with torch.no_grad():
+        first = model.adapt(t.support)
+        expected = model.predict(first, t.query_x)
+        other = Support(1 - t.support.x, t.support.y.flip(0), 3)
+        model.predict(model.adapt(other), t.query_x)
+        torch.testing.assert_close(model.predict(first, t.query_x), expected, rtol=0, atol=0)
+    after = {k: v for k, v in vars(model).items() if not k.startswith("_")}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(p, parameters[n]) for n, p in model.state_dict().items())
+
+
+@FEW_SHOT
+@pytest.mark.parametrize("batch_norm", get_args(BatchNormMode))
+def test_prediction_depends_on_other_queries_only_if_transductive(name, batch_norm, tmp_path):
+    """Catches batch statistics of the queries in a learner that says that it has none, and the reverse."""
+    model = learner(name, tmp_path, "--model.batch_norm", batch_norm).eval()
+    t = task()
+    with torch.no_grad():
+        state = model.adapt(t.support)
+        changed = t.query_x.clone()
+        changed[1:] = changed[1:].flip(-1) * 0.5
+        same = torch.allclose(
+            model.predict(state, t.query_x)[0], model.predict(state, changed)[0], rtol=1e-5, atol=1e-6
+        )
+    assert same != model.transductive
+    normalised = any(isinstance(m, BatchNorm) for m in model.modules())
+    assert model.transductive == (normalised and batch_norm == "transductive")
+
+
+@FEW_SHOT
+def test_order_of_the_support_set_does_not_matter(name, tmp_path):
+    """Catches a learner that reads the support set as a sequence; shots are unequal."""
+    model = learner(name, tmp_path).eval()
+    t = task()
+    keep = torch.tensor([0, 1, 2, 4])  # two, one and one shots
+    with torch.no_grad():
+        outputs = []
+        for order in (keep, keep.flip(0)):
+            state = model.adapt(Support(t.support.x[order], t.support.y[order], 3))
+            outputs.append(model.predict(state, t.query_x))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert outputs[0].shape == (len(t.query_x), 3)
+
+
+@FEW_SHOT
+def test_labels_are_names_only(name, tmp_path):
+    """Catches labels that carry meaning: with the head's rows permuted as the labels, predictions permute along."""
+    model = learner(name, tmp_path).eval()
+    t = task()
+    order = torch.tensor([2, 0, 1])  # class k becomes order[k]
+    with torch.no_grad():
+        expected = model.predict(model.adapt(t.support), t.query_x)
+        for n, p in model.named_parameters():
+            if "head" in n:  # what belongs to the head has a dimension for the classes
+                p.copy_(p.index_select(p.shape.index(3), torch.argsort(order)))
+        got = model.predict(model.adapt(Support(t.support.x, order[t.support.y], 3)), t.query_x)
+    torch.testing.assert_close(got[:, order], expected, rtol=1e-4, atol=1e-5)
+
+
+@FEW_SHOT
+def test_evaluation_keeps_no_graph(name, tmp_path):
+    """Catches memory that grows through validation."""
+    model = learner(name, tmp_path).eval()
+    data = ToyImages(ways=3, queries=2)
+    batch = data.on_device(data.distribution("val").sample(range(4)))
+    with torch.inference_mode():
+        model.evaluation_step(batch, "val")
+    states = model.task_figures("val")
+    assert not any(v.requires_grad for v in states.task_accuracy)
+    assert states.compute()["tasks"] == 4
+
+
+@EVERY
+def test_trains_saves_loads_and_resumes_bit_for_bit(name, tmp_path, capsys):
+    """Catches state that a checkpoint lacks, repeated or skipped tasks, and a schedule or optimizer that restarts."""
+    whole = tmp_path / "whole"
+    schedule = ("--model.scheduler", "torch.optim.lr_scheduler.StepLR", "--model.scheduler.step_size", "4")
+    main(command(name, whole, *schedule))
+    halves = tmp_path / "halves"
+    main(command(name, halves, *schedule, steps=7))
+    main(command(name, halves, *schedule, "--ckpt_path", "last"))
+    folder = name.lower()
+    expected, got = (weights(r / folder / "checkpoints" / "last.ckpt") for r in (whole, halves))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[k], got[k]) for k in expected)
+    steps = load_checkpoint(halves / folder / "checkpoints" / "last.ckpt")["global_step"]
+    assert steps == 12
+    assert headline(name) in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Where the runs are that those with a flag are compared with."""
+    return tmp_path_factory.mktemp("plain")
+
+
+MANUAL = ("--trainer.gradient_clip_val", "--trainer.accumulate_grad_batches")
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--trainer.precision", "bf16-mixed", "--pictures", "true"),
+        ("--trainer.precision", "64-true"),
+        ("--trainer.gradient_clip_val", "0.01"),
+        ("--trainer.accumulate_grad_batches", "2"),
+    ],
+)
+def test_trainer_features_take_effect(name, flags, tmp_path, plain, caplog, capsys):
+    """Catches a Trainer option that is accepted and ignored: weights must move, and differently, or the option is
+    refused in one line; results of a type that cannot be written, and pictures that autocast breaks."""
+    last = f"{name.lower()}/checkpoints/last.ckpt"
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5")
+    if not learner(name, tmp_path).automatic_optimization and flags[0] in MANUAL:
+        with pytest.raises(SystemExit):
+            main(command(name, tmp_path, *flags, steps=2))
+        assert "takes several steps of its own" in capsys.readouterr().err
+        return
+    if not (plain / last).exists():
+        main(command(name, plain, *sgd, steps=2))
+    main(command(name, tmp_path, *sgd, *flags, steps=2))
+    a, b = weights(plain / last), weights(tmp_path / last)
+    assert all(torch.isfinite(v).all() for v in b.values())
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path / name.lower() / "test_tasks.npz").exists()
+    assert "not made" not in caplog.text
+
+
+@EVERY
+def test_early_stopping_stops(name, tmp_path):
+    """Catches a callback that never sees the figure that it watches."""
+    flags = (
+        *("--trainer.callbacks", "pytorch_lightning.callbacks.EarlyStopping"),
+        *("--trainer.callbacks.monitor", f"val/{headline(name)}", "--trainer.callbacks.mode", "max"),
+        *("--trainer.callbacks.patience", "1", "--trainer.callbacks.min_delta", "1e6"),
+    )
+    main(command(name, tmp_path, *flags, steps=60))
+    steps = load_checkpoint(tmp_path / name.lower() / "checkpoints" / "last.ckpt")["global_step"]
+    assert steps == 12
+
+
+@EVERY
+def test_evaluates_through_the_same_command(name, tmp_path, caplog):
+    """Catches a checkpoint that gives other figures than its training's test, or in other batches, and pictures that
+    fail."""
+    main(command(name, tmp_path, "--pictures", "true", steps=6))
+    run = tmp_path / name.lower()
+    assert (run / "results.png").exists() and list((run / "figures").glob("val_*.png"))
+    assert "not made" not in caplog.text
+    checkpoint = ["--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--out", str(tmp_path / "out")]
+    evaluate([*checkpoint, "--data.init_args.eval_batch_size", "5"])
+    first, again = (json.loads((f / "results.json").read_text())["figures"] for f in (run, tmp_path / "out"))
+    assert first.keys() == again.keys()
+    for figure in {"nll", headline(name)} & first.keys():
+        assert again[figure]["mean"] == pytest.approx(first[figure]["mean"], rel=1e-4)
+
+
+@FEW_SHOT
+def test_predicts_labels_of_pictures(name, tmp_path):
+    """Catches a learner that cannot serve other ways and unequal shots than it was trained on."""
+    main(command(name, tmp_path, steps=2))
+    run = tmp_path / name.lower()
+    checkpoint = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--out", str(tmp_path / "out")]
+    data = ToyImages(ways=4)
+    images = data.classes("test").images
+    for k in range(4):
+        for folder, numbers in (("support", range(1 + k % 2)), ("query", range(5, 8))):
+            place = tmp_path / folder / f"class{k}"
+            place.mkdir(parents=True)
+            for i in numbers:
+                Image.fromarray(images[20 * k + i, 0].numpy()).save(place / f"{i}.png")
+    predict([*checkpoint, "--support", str(tmp_path / "support"), "--query", str(tmp_path / "query")])
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())["predictions"]
+    assert len(found) == 12
+    for row in found:
+        assert len(row["probabilities"]) == 4
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)

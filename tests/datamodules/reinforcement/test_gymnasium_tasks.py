@@ -1,0 +1,517 @@
+"""Environments of gymnasium: what becomes of tasks, seeds, actions and early ends, and half-cheetah against a loop."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
+from PIL import Image
+
+import datamodules
+from app.cli.builder import MetaboltCLI, main
+from app.dashboard import video
+from datamodules import GymnasiumTasks, HalfCheetahDirection, HalfCheetahVelocity
+from datamodules.core.errors import DataError
+from datamodules.reinforcement.gymnasium_tasks import GymnasiumEnvironment
+from models.reinforcement.trials import run_trial
+from tests.support.processes import ROOT, start, wait_for_step
+from tests.support.toy import weights
+
+
+class Corridor(gymnasium.Env):
+    """The example of GymnasiumTasks' docstring, with an end: where it is too far from 0 the episode is over.
+
+    In the corner of its pictures is where it is, 10 to a unit of length.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    observation_space = gymnasium.spaces.Box(-10.0, 10.0, (1,))
+    action_space = gymnasium.spaces.Box(-2.0, 4.0, (1,))
+
+    def __init__(self, render_mode: str | None = None, broken: bool = False, end: float = 3.0) -> None:
+        self.render_mode, self.broken, self.end = render_mode, broken, end
+        self.goal = 99.0
+
+    def sample_task(self, rng: np.random.Generator) -> dict[str, Any]:
+        return {"goal": rng.uniform(-5.0, 5.0), "unused": rng.normal(size=(2, 2))}
+
+    def set_task(self, task: dict[str, Any]) -> None:
+        assert task["unused"].shape == (2, 2)
+        self.goal = task["goal"]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-1.0, 1.0, 1)
+        return self.x, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.x = self.x + action + self.np_random.uniform(-0.1, 0.1, 1)
+        return self.x, -abs(float(self.x[0]) - self.goal), bool(abs(self.x[0]) > self.end), False, {}
+
+    def render(self):
+        assert self.render_mode == "rgb_array"
+        if self.broken:
+            raise RuntimeError("no\nscreen")
+        picture = np.zeros((30, 40, 3), np.uint8)
+        picture[:10, :10] = int(np.clip(128 + 10 * self.x[0], 0, 255))
+        return picture
+
+
+class Choices(gymnasium.Env):
+    """Three discrete observations, and actions 5 to 8 of which the task names the right one."""
+
+    observation_space = gymnasium.spaces.Discrete(3)
+    action_space = gymnasium.spaces.Discrete(4, start=5)
+
+    def sample_task(self, rng):
+        return {"right": rng.integers(5, 9)}
+
+    def set_task(self, task):
+        self.right = int(task["right"])
+
+    def reset(self, *, seed=None, options=None):
+        self.at = 0
+        return self.at, {}
+
+    def step(self, action):
+        self.at = (self.at + 1) % 3
+        return self.at, float(action == self.right), False, False, {}
+
+
+class Taskless(gymnasium.Env):
+    observation_space = action_space = gymnasium.spaces.Discrete(2)
+
+
+class Limitless(Choices):
+    action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+
+
+class Texts(Choices):
+    observation_space = gymnasium.spaces.Sequence(gymnasium.spaces.Discrete(2))
+
+
+class Scripted:
+    """An agent whose actions are functions of the draws alone."""
+
+    def __init__(self, actions: int) -> None:
+        self.draws = actions
+
+    def begin(self, environment, task):
+        return None
+
+    def act(self, memory, seen, draws):
+        return None, (4 * draws - 2).float(), ()  # half of them beyond the bounds
+
+
+def loop(env: gymnasium.Env, task: dict[str, Any], seed: int, actions: np.ndarray, horizon: int) -> tuple[Any, Any]:
+    """One episode, slowly: observations (horizon + 1, …) and rewards (horizon,)."""
+    env.get_wrapper_attr("set_task")(task)
+    observations, rewards = [env.reset(seed=seed)[0]], []
+    ended = False
+    for t in range(horizon):
+        if ended:
+            observations.append(observations[-1])
+            rewards.append(0.0)
+            continue
+        observation, reward, ended, _, _ = env.step(actions[t])
+        observations.append(observation)
+        rewards.append(reward)
+    return np.stack(observations), np.array(rewards)
+
+
+def seeds_and_actions(batch: Any, actions: int, purpose: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Seeds (T, episodes), and scripted actions (T, steps, actions) clipped to [-1, 1], as run_trial draws them."""
+    starts = batch.draws(batch.episodes, 1, purpose=3 * purpose + 1)
+    choices = batch.draws(batch.episodes * batch.environment.horizon, actions, purpose=3 * purpose + 3)
+    seeds = np.array([[int(d * 2**53) for d in row] for row in starts[..., 0].tolist()])
+    return seeds, (4 * choices - 2).float().clamp(-1, 1).numpy()
+
+
+def cheetah(goal: float, seed: int, actions: np.ndarray, velocity: bool) -> tuple[np.ndarray, np.ndarray]:
+    """An episode of gymnasium's own half-cheetah; observations and rewards by hand from its positions."""
+    env = HalfCheetahEnv()
+    env.reset(seed=seed)
+    see = lambda: np.concatenate([env.data.qpos[1:], env.data.qvel, env.data.body("torso").xpos])  # noqa: E731
+    observations, rewards = [see()], []
+    for action in actions:
+        before = env.data.qpos[0].item()
+        env.step(action)
+        v = (env.data.qpos[0].item() - before) / 0.05
+        cost = 0.05 * sum(float(a) ** 2 for a in action)
+        rewards.append((-abs(v - goal) if velocity else goal * v) - cost)
+        observations.append(see())
+    env.close()
+    return np.stack(observations), np.array(rewards)
+
+
+@pytest.fixture(autouse=True)
+def _no_log_of_mujoco(tmp_path, monkeypatch):
+    """Gymnasium's own half-cheetah, which the tests compare with, leaves MUJOCO_LOG.TXT where it runs."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [HalfCheetahVelocity, HalfCheetahDirection])
+def test_half_cheetah_is_the_slow_loops(kind):
+    """Catches another reward, observation, frame skip or reset than documented, seeds or tasks in the wrong rows,
+    and actions that are not clipped: trajectories agree bit for bit in double precision."""
+    data = kind(horizon=12, episodes=2)
+    batch = data.distribution("test").sample([0, 3, 29, 12]).apply(lambda t: t.double() if t.is_floating_point() else t)
+    seeds, actions = seeds_and_actions(batch, 6)
+    trial = run_trial(batch, Scripted(6))
+    velocity = kind is HalfCheetahVelocity
+    goals = batch.task["velocity" if velocity else "direction"].tolist()
+    assert len(set(goals)) > 1
+    for i, goal in enumerate(goals):
+        for episode in range(2):
+            steps = slice(12 * episode, 12 * (episode + 1))
+            observations, rewards = cheetah(goal, int(seeds[i, episode]), actions[i, steps], velocity)
+            assert np.array_equal(trial.seen.observation[steps, i].numpy(), observations[:-1])
+            assert np.array_equal(trial.reached[steps, i].numpy(), observations[1:])
+            np.testing.assert_allclose(trial.reward[steps, i].numpy(), rewards, rtol=0, atol=1e-12)
+    data.environment.close()
+
+
+def test_half_cheetahs_tasks_are_those_of_the_papers_code():
+    """Catches another range of velocities, directions other than the two, and settings unlike the released code's."""
+    data = HalfCheetahVelocity()
+    goals = data.distribution("test").sample(range(2000)).task["velocity"].numpy()
+    assert 0 <= goals.min() < 0.01 and 2.99 < goals.max() < 3
+    assert np.mean(goals) == pytest.approx(1.5, abs=0.08)
+    train = data.distribution("train").sample(range(4000)).task
+    assert len(train["velocity"].unique()) == 100
+    assert (data.environment.horizon, data.test_tasks) == (200, 30)
+    assert (data.environment.observation_size, data.environment.actions) == (20, 6)
+    directions = HalfCheetahDirection().distribution("test").sample(range(400)).task["direction"]
+    assert directions.unique().tolist() == [-1, 1]
+    assert directions.mean().abs() < 0.2
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_rows_do_not_depend_on_one_another(processes):
+    """Catches sub-environments that share state or get one another's task, seed or action, what an earlier, larger or
+    smaller batch leaves behind, and shares of the processes put together in another order."""
+    data = GymnasiumTasks(
+        "tests.datamodules.reinforcement.test_gymnasium_tasks.Corridor", 7, processes=processes, arguments={"end": 8.0}
+    )
+    tasks = data.distribution("val")
+    together = tasks.sample([5, 1, 8, 2, 9])
+    trial = run_trial(together, Scripted(1))
+    seeds, actions = seeds_and_actions(together, 1)
+    scaled = (1 + 3 * actions.astype(float)).astype(np.float32)
+    ends = 0
+    for i in range(5):
+        task = {name: value[i].numpy() for name, value in together.task.items()}
+        for episode in range(2):
+            steps = slice(7 * episode, 7 * (episode + 1))
+            observations, rewards = loop(Corridor(end=8.0), task, int(seeds[i, episode]), scaled[i, steps], 7)
+            np.testing.assert_allclose(trial.reached[steps, i].numpy(), observations[1:], rtol=1e-6)
+            np.testing.assert_allclose(trial.reward[steps, i].numpy(), rewards, rtol=1e-6)
+            ends += int(rewards[-1] == 0)
+    assert 2 <= ends <= 8  # episodes that ended early, and others that did not
+    for i, index in enumerate([5, 1, 8, 2, 9]):
+        alone = run_trial(tasks.sample([index]), Scripted(1))
+        for one, all_ in ((alone.reached, trial.reached), (alone.reward, trial.reward)):
+            assert torch.equal(one[:, 0], all_[:, i])
+    more = run_trial(tasks.sample([*range(12), 5]), Scripted(1))
+    assert torch.equal(more.reached[:, 5], trial.reached[:, 0])
+    assert torch.equal(more.reward[:, 12], trial.reward[:, 0])
+    data.teardown("test")
+    again = run_trial(together, Scripted(1))
+    assert torch.equal(again.reached, trial.reached)
+    data.teardown("test")
+
+
+def test_an_early_end_stays_without_reward():
+    """Catches an automatic reset, rewards after the end, and an end that outlasts the episode."""
+    environment = GymnasiumEnvironment(f"{__name__}.Corridor", horizon=4, arguments={"end": 1.5})
+    task = {"goal": torch.tensor([2.0, 2.0]), "unused": torch.zeros(2, 2, 2)}
+    draws = torch.full((2, 1), 0.25, dtype=torch.float64)
+    for _ in range(2):
+        state = environment.start(task, draws)
+        states, rewards = [state.observation], []
+        for _ in range(4):
+            state, reward, shaped = environment.step(task, state, torch.tensor([[1.0], [-1 / 3]]), draws)
+            assert torch.equal(reward, shaped)
+            states.append(state.observation)
+            rewards.append(reward)
+        first, second = torch.stack(states)[..., 0].T
+        assert first[1] > 1.5 and torch.equal(first[1:], first[1].expand(4))
+        assert torch.stack(rewards)[1:, 0].tolist() == [0, 0, 0]
+        assert rewards[0][0] == pytest.approx(-abs(first[1].item() - 2))
+        assert len(second.unique()) == 5  # goes on beside it
+    environment.close()
+
+
+def test_discrete_observations_and_actions():
+    """Catches numbers of states for one-hot vectors, and actions that forget where theirs begin."""
+    environment = GymnasiumEnvironment(f"{__name__}.Choices", horizon=4)
+    assert (environment.observation_size, environment.actions, environment.discrete) == (3, 4, True)
+    task = {"right": torch.tensor([5.0, 8.0])}
+    state = environment.start(task, torch.zeros(2, 1, dtype=torch.float64))
+    assert environment.seen(task, state).tolist() == [[1, 0, 0], [1, 0, 0]]
+    state, reward, _ = environment.step(task, state, torch.tensor([0, 0]), torch.zeros(2, 0))
+    assert reward.tolist() == [1, 0]
+    state, reward, _ = environment.step(task, state, torch.tensor([3, 3]), torch.zeros(2, 0))
+    assert reward.tolist() == [0, 1]
+    assert state.observation.tolist() == [[0, 0, 1], [0, 0, 1]]
+    environment.revealed = True
+    assert environment.seen(task, state).tolist() == [[0, 0, 1, 5], [0, 0, 1, 8]]
+
+
+def test_only_the_newest_state_can_be_stepped():
+    """Catches a state from before that goes on with what the sub-environments have become."""
+    environment = GymnasiumEnvironment(f"{__name__}.Choices", horizon=4)
+    task, draws, action = {"right": torch.tensor([5.0])}, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0])
+    first = environment.start(task, draws)
+    second = environment.step(task, first, action, draws).state
+    with pytest.raises(RuntimeError, match=r"only the newest state .* start\(\)"):
+        environment.step(task, first, action, draws)
+    third = environment.start(task, draws)
+    with pytest.raises(RuntimeError, match="newest"):
+        environment.step(task, second, action, draws)
+    environment.step(task, third, action, draws)
+    other = copy.deepcopy(environment)
+    with pytest.raises(RuntimeError, match="newest"):
+        other.step(task, third, action, draws)
+
+
+def test_a_copy_makes_its_own_and_a_batch_comes_back_to_the_original():
+    """Catches pipes and engines that are pickled for another process, and one more pool for every batch from there."""
+    data = HalfCheetahVelocity(horizon=3)
+    batch = data.distribution("val").sample([0, 1])
+    trial = run_trial(batch, Scripted(6))
+    received = pickle.loads(pickle.dumps(batch))
+    assert received.environment is not data.environment
+    assert torch.equal(run_trial(received, Scripted(6)).reached, trial.reached)
+    assert data.on_device(received).environment is data.environment
+    data.environment.close()
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
+    """Catches an example that does not work, or other settings than the text names."""
+    text = GymnasiumTasks.__doc__
+    assert text is not None
+    lines = text.split("::\n", 1)[1].split("is trained on")[0].splitlines()
+    (tmp_path / "my_tasks.py").write_text("import gymnasium\n" + "\n".join(line[8:] for line in lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flags = text.split("``--data ")[1].split("``")[0].split()
+    main([*RL2, "--model.observations", "1", "--model.actions", "1", "--runs", "runs", "--data", *flags, *SMALL])
+    figures = json.loads(Path("runs/run/results.json").read_text())["figures"]
+    assert figures["return"]["mean"] < 0
+
+
+RL2 = ["--model", "models.RL2", "--model.discrete", "false", "--model.hidden", "6", "--model.epochs", "2"]
+SMALL = [
+    *("--data.meta_batch_size", "4", "--data.val_tasks", "3", "--data.test_tasks", "5", "--data.eval_batch_size", "3"),
+    *("--wandb", "off", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    *("--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--checkpoint_every", "1"),
+]
+CHEETAH = [*RL2, "--model.observations", "20", "--model.actions", "6", "--data", "datamodules.HalfCheetahVelocity"]
+
+
+def test_rl2_trains_on_half_cheetah_and_resumes_bit_for_bit(tmp_path):
+    """Catches chance or sub-environments that a resume does not repeat, or that depend on the number of processes."""
+    flags = [*CHEETAH, "--data.horizon", "4", *SMALL, "--pictures", "false"]
+    last = Path("run/checkpoints/last.ckpt")
+    main([*flags, "--runs", "whole"])
+    main([*flags, "--runs", "halves", "--trainer.max_steps", "2"])
+    main([*flags, "--runs", "halves", "--ckpt_path", "last"])
+    main([*flags, "--runs", "shared", "--data.processes", "3"])
+    expected = weights("whole" / last)
+    for other in ("halves", "shared"):
+        got = weights(other / last)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[k], got[k]) for k in expected)
+    first = MetaboltCLI([*flags, "--runs", "none"]).model.state_dict()
+    assert not torch.equal(first["head.linear.weight"], expected["head.linear.weight"])
+
+
+def test_batches_sampled_in_other_processes_train_the_same(tmp_path):
+    """Catches a worker of the loader whose environments are pickled whole, or that draws other tasks."""
+    flags = [*CHEETAH, "--data.horizon", "2", *SMALL, "--pictures", "false", "--trainer.max_steps", "2"]
+    for workers in ("0", "1"):
+        main([*flags, "--runs", workers, "--data.workers", workers])
+    one, other = (weights(Path(w, "run/checkpoints/last.ckpt")) for w in ("0", "1"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+DDP = ["--model.minibatches", "1", "--trainer.precision", "64-true", "--pictures", "false"]
+
+
+@pytest.mark.slow
+def test_two_processes_with_two_of_their_own_train_as_one(tmp_path):
+    """Catches sub-environments that are carried into another process, where they neither work nor close."""
+    flags = [*CHEETAH, "--data.horizon", "4", *SMALL, *DDP, "--trainer.max_steps", "2"]
+    main([*flags, "--runs", "one"])
+    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.processes", "2"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags, "--runs", "two", *two],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, both = (weights(Path(r, "run/checkpoints/last.ckpt")) for r in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, both[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_and_its_processes(tmp_path):
+    """Catches children that inherit how the run takes a signal, and so outlive it or keep it from ending."""
+    flags = [*CHEETAH, "--data.horizon", "50", *SMALL, "--trainer.max_steps", "100000", "--data.processes", "2"]
+    flags += ["--trainer.val_check_interval", "100000", "--pictures", "false"]
+    process = start(*flags, "--runs", str(tmp_path / "runs"))
+    wait_for_step(tmp_path / "runs/run/checkpoints/last.ckpt", 3, process)
+    listed = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+    children = [int(pid) for pid in listed.stdout.split()]
+    assert len(children) >= 2
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("absent", ["gymnasium", "mujoco"])
+def test_a_missing_package_is_one_line(absent, monkeypatch, capsys):
+    """Catches a traceback where gymnasium or mujoco is not installed, and a line that does not name the cure."""
+    for name in [m for m in sys.modules if m.startswith(("datamodules.gymnasium_rows", "datamodules.half_cheetah_e"))]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(datamodules, name.split(".")[1])
+    monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises(SystemExit) as stopped:
+        main([*CHEETAH, "--runs", "runs", *SMALL])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: datamodules.half_cheetah_envs") and 'pip install "gymnasium[mujoco]"' in line
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ("nowhere.Corridor", "give the path of a class"),
+        ("tests.datamodules.reinforcement.test_gymnasium_tasks.Nothing", "has no Nothing"),
+        ("NoSuchThing-v0", "give the path of a class or a registered id"),
+        ("CartPole-v1", "has no sample_task: see datamodules.GymnasiumTasks"),
+        ("tests.datamodules.reinforcement.test_gymnasium_tasks.Taskless", "has no sample_task"),
+        ("tests.datamodules.reinforcement.test_gymnasium_tasks.Limitless", "numbers with bounds"),
+        ("tests.datamodules.reinforcement.test_gymnasium_tasks.Texts", "no fixed number"),
+    ],
+)
+def test_an_environment_that_does_not_fit_is_one_line(env, said):
+    """Catches a failure hours later, or one that does not say what to change."""
+    with pytest.raises(DataError, match=said) as error:
+        GymnasiumEnvironment(env, horizon=3)
+    assert "\n" not in str(error.value)
+
+
+def test_a_registered_id_with_a_time_limit():
+    """Catches ids that are not made, wrappers that hide the task, and a time limit that ends nothing."""
+    gymnasium.register("Limited-v0", f"{__name__}:Corridor", max_episode_steps=2)
+    environment = GymnasiumEnvironment("Limited-v0", horizon=4, arguments={"end": 1e6})
+    task = {"goal": torch.tensor([2.0]), "unused": torch.zeros(1, 2, 2)}
+    state = environment.start(task, torch.zeros(1, 1, dtype=torch.float64))
+    rewards = []
+    for _ in range(4):
+        state, reward, _ = environment.step(task, state, torch.zeros(1, 1), torch.zeros(1, 0))
+        rewards.append(reward.item())
+    assert rewards[0] < 0 and rewards[1] < 0 and rewards[2:] == [0, 0]
+    environment.close()
+    del gymnasium.registry["Limited-v0"]
+
+
+# On film --------------------------------------------------------------------------------------------------------------
+
+
+def corridor(*flags: str) -> list[str]:
+    model = [*RL2, "--model.observations", "1", "--model.actions", "1"]
+    data = ["--data", "datamodules.GymnasiumTasks", "--data.env", f"{__name__}.Corridor", "--data.horizon", "5"]
+    return [*model, *data, *SMALL, "--trainer.max_steps", "2", "--runs", "runs", *flags]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """What W&B's own reader says of the run's only session."""
+    (session,) = (run / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", "--summary", str(session)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(done.stdout)["summary"]
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_the_test_is_on_film_here_and_in_wandb(caplog):
+    """Catches a film of other states than the evaluation of test task 0 went through, one that changes the figures,
+    and one that W&B does not get."""
+    main(corridor("--wandb", "offline"))
+    assert "video not made" not in caplog.text
+    run = Path("runs/run")
+    with Image.open(run / "figures" / "test_video.gif") as gif:
+        assert gif.n_frames == 2 * 6
+        colours = []
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            colours.append(gif.convert("RGB").getpixel((20, video.STRIP + 20))[0])
+        assert gif.info["duration"] == 50
+    cli = MetaboltCLI([*corridor(), "--stage", "test", "--ckpt_path", str(run / "checkpoints" / "best.ckpt")])
+    learner = cli.model.eval()
+    learner.load_state_dict(torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"])
+    with torch.no_grad():
+        trial = run_trial(cli.datamodule.distribution("test").sample([0]), learner.agent())
+    states = [trial.seen.observation[0], *trial.reached[:5], trial.seen.observation[5], *trial.reached[5:]]
+    expected = [float(np.clip(128 + 10 * s.item(), 0, 255)) for s in states]
+    assert np.allclose(colours, expected, atol=2)  # of a palette
+    assert len({round(c) for c in expected}) > 3
+    seen = summary(run)
+    assert seen["test/video"]["_type"] == "video-file"
+    figures = json.loads((run / "results.json").read_text())["figures"]
+    assert seen["test/return"] == pytest.approx(figures["return"]["mean"])
+    cli.trainer.test(learner, datamodule=cli.datamodule, verbose=False)
+    assert cli.trainer.callback_metrics["test/return"].item() == pytest.approx(figures["return"]["mean"], rel=1e-5)
+
+
+def test_a_film_that_fails_costs_one_line(caplog):
+    """Catches a run that dies where there is nothing to draw with, or goes without a word."""
+    with caplog.at_level(logging.WARNING):
+        main(corridor("--data.arguments", '{"broken": true}'))
+    assert [r.getMessage() for r in caplog.records if "video" in r.getMessage()] == [
+        "video not made, the run goes on: RuntimeError: no screen"
+    ]
+    assert Path("runs/run/results.json").exists() and not Path("runs/run/figures/test_video.gif").exists()
+
+
+def test_nothing_is_filmed_without_pictures(monkeypatch):
+    """Catches a film that --pictures false does not prevent, and one of environments that cannot be rendered."""
+    filmed = mock.Mock()
+    monkeypatch.setattr(video, "film", filmed)
+    main(corridor("--pictures", "false"))
+    filmed.assert_not_called()
+    monkeypatch.undo()
+    assert video.film(None, mock.Mock(environment=GymnasiumEnvironment(f"{__name__}.Choices", 3))) is None
+
+
+def test_a_film_has_as_many_frames_as_there_is_time_for(monkeypatch):
+    """Catches a rendering so slow that the test takes minutes, and a last state of an episode that is left out."""
+    shown = GymnasiumEnvironment(f"{__name__}.Corridor", 100, arguments={"render_mode": "rgb_array", "end": 1e6})
+    monkeypatch.setattr(video.time, "monotonic", mock.Mock(side_effect=[0.0, 0.5]))  # 30 frames in 15 seconds
+    film = video.Film(shown, 2 * 100)
+    task = {"goal": torch.tensor([2.0]), "unused": torch.zeros(1, 2, 2)}
+    for _ in range(2):
+        state = film.start(task, torch.zeros(1, 1, dtype=torch.float64))
+        for _ in range(100):
+            state = film.step(task, state, torch.zeros(1, 1), torch.zeros(1, 0)).state
+    assert film.stride == 7
+    assert len(film.frames) == 2 * (1 + 100 // 7 + 1)
+    shown.close()

@@ -1,0 +1,181 @@
+"""A small classification problem that is made in memory, and one command line to train on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datamodules.images.tasks import ImageClasses, ImageDataModule
+from models.core.metrics import HEADLINES
+
+FIRST = {"train": 0, "val": 100, "test": 200}
+
+
+class ToyImages(ImageDataModule):
+    """Twelve classes of noisy 16×16 patterns in each split."""
+
+    def classes(self, split: str) -> ImageClasses:
+        rng = np.random.default_rng(FIRST[split])
+        patterns = rng.uniform(0, 255, (12, 1, 1, 4, 4)).repeat(4, -1).repeat(4, -2)
+        images = np.clip(patterns + rng.normal(0, 60, (12, 20, 1, 16, 16)), 0, 255).astype(np.uint8)
+        names = [f"{split}{k}" for k in range(12)]
+        return ImageClasses(torch.from_numpy(images.reshape(-1, 1, 16, 16)), np.full(12, 20), names, names)
+
+    def to_store(self, image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image.convert("L").resize((16, 16))))[None]
+
+
+BACKBONE = ["--model.backbone", "models.Conv4", "--model.backbone.hidden", "8", "--model.backbone.image_size", "16"]
+DATA = [
+    "--data",
+    "tests.support.toy.ToyImages",
+    "--data.ways",
+    "3",
+    "--data.queries",
+    "2",
+    "--data.meta_batch_size",
+    "4",
+]
+SIZES = ["--data.val_tasks", "8", "--data.test_tasks", "12", "--data.eval_batch_size", "4"]
+QUIET = ["--wandb", "off", "--pictures", "false"]  # drawing takes longer than training these
+TRAINER = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *QUIET]
+MAML = ["--model", "models.MAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"]
+ALGORITHMS = {
+    "MAML": MAML,
+    "FOMAML": [*MAML, "--model.first_order", "true"],
+    "MAML++": [
+        *MAML,
+        *("--model.learned_rates", "true", "--model.per_step_norm", "true"),
+        *("--model.multi_step_updates", "4", "--model.first_order_updates", "2"),
+    ],
+    "ANIL": ["--model", "models.ANIL", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"],
+    "MetaSGD": ["--model", "models.MetaSGD", *BACKBONE, "--model.outputs", "3"],
+    "Reptile": [
+        *("--model", "models.Reptile", *BACKBONE, "--model.outputs", "3", "--model.eval_inner_steps", "4"),
+        # Adam's first steps are signs of gradients, of rounding errors too where those are zero.
+        *("--model.inner_optimizer", "sgd", "--model.inner_rate", "0.1"),
+    ],
+    "BMAML": [  # in a loop over tasks: a convolution mapped over on a CPU passes autocast by
+        *("--model", "models.BMAML", *BACKBONE, "--model.outputs", "3"),
+        *("--model.particles", "4", "--model.follow_steps", "2", "--model.chunk", "1"),
+    ],
+    "IMAML": ["--model", "models.IMAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"],
+    "ABML": ["--model", "models.ABML", *BACKBONE, "--model.outputs", "3", "--model.kl_weight", "0.001"],
+    "HSML": [
+        *("--model", "models.HSML", *BACKBONE, "--model.outputs", "3", "--model.inner_rate", "0.01"),
+        *("--model.inner_steps", "2", "--model.features", "8", "--model.hidden", "6"),
+    ],
+    "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
+    "Baseline": [
+        *("--model", "models.Baseline", *BACKBONE, "--model.classes", "12"),
+        *("--model.steps", "5", "--model.batch", "64", "--model.rate", "0.1"),
+    ],
+    "NearestNeighbour": ["--model", "models.NearestNeighbour"],
+    "LEO": ["--model", "models.LEO", *BACKBONE, "--model.latents", "6", "--model.chunk", "1"],
+    "WeightGenerator": [
+        *("--model", "models.WeightGenerator", *BACKBONE, "--model.chunk", "1"),
+        *("--model.latents", "6", "--model.hidden", "8"),
+    ],
+    "MatchingNet": ["--model", "models.MatchingNet", *BACKBONE],
+    "RelationNet": [
+        *("--model", "models.RelationNet", *BACKBONE, "--model.filters", "8"),
+        *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
+    ],
+    "MetaGAN": [
+        *("--model", "models.MetaGAN", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *("--model.gan.hidden", "4", "--model.gan.latents", "6", "--model.gan.noise", "5"),
+    ],
+    "MetaGANRelation": [
+        *("--model", "models.MetaGANRelation", *BACKBONE, "--model.filters", "8"),
+        *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
+        *("--model.gan.hidden", "4", "--model.gan.latents", "6", "--model.gan.noise", "5"),
+    ],
+    "SNAIL": [
+        *("--model", "models.SNAIL", *BACKBONE, "--model.labels", "4", "--model.filters", "8"),
+        *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
+    ],
+}
+BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
+CHAINS = [
+    *("--data", "datamodules.TabularMDPs", "--data.states", "3", "--data.actions", "2", "--data.horizon", "3"),
+    *("--data.episodes", "2", "--data.meta_batch_size", "8"),
+]
+MAML_POLICY = [
+    *("--model", "models.MAMLPolicy", "--model.observations", "3", "--model.actions", "2", "--model.hidden", "[6]"),
+    *("--model.rollouts", "4", "--model.sampling_correction", "true", *CHAINS),
+]
+# Learners of reinforcement learning, each with its environments.
+AGENTS = {
+    "RL2": [
+        *("--model", "models.RL2", "--model.observations", "0", "--model.actions", "3", "--model.hidden", "6"),
+        *("--model.epochs", "2", "--model.minibatches", "2", *BANDITS),
+    ],
+    "MAMLPolicy": [*MAML_POLICY, "--model.epochs", "2"],
+    "MAMLPolicyTRPO": [*MAML_POLICY, "--model.outer", "trpo"],
+    "PEARL": [
+        *("--model", "models.PEARL", "--model.observations", "2", "--model.actions", "2", "--model.latents", "3"),
+        *("--model.hidden", "8", "--model.encoder_hidden", "8", "--model.transitions", "6", "--model.context", "5"),
+        *("--model.reward_scale", "1", "--model.discount", "0.9", "--model.steps_per_iteration", "5"),
+        *("--model.tasks_per_collection", "2", "--model.initial_episodes", "2", "--model.posterior_episodes", "1"),
+        *("--data", "datamodules.PointRobot", "--data.horizon", "4", "--data.episodes", "3"),
+        *("--data.train_tasks", "5", "--data.meta_batch_size", "4"),
+    ],
+}
+LEARNERS = ALGORITHMS | AGENTS
+# What has nothing to train.
+STRATEGIES = {
+    "BanditStrategy": [
+        *("--model", "models.BanditStrategy", "--model.actions", "3", "--model.strategy", "thompson", *BANDITS),
+    ],
+    "MDPStrategy": [
+        *("--model", "models.MDPStrategy", "--model.observations", "4", "--model.actions", "3"),
+        *("--model.strategy", "psrl", "--data", "datamodules.TabularMDPs", "--data.states", "4", "--data.actions", "3"),
+        *("--data.horizon", "3", "--data.episodes", "4"),
+    ],
+}
+# For comparisons of runs that draw differently: flags that make what a learner draws at random vanish, and statistics
+# other than a first step's running ones, by which all classes may tie.
+NOISELESS = {
+    "ABML": [
+        *("--model.deviation", "1e-12", "--model.kl_weight", "0", "--model.inner_kl_weight", "0"),
+        *("--model.hyperprior_weight", "0"),
+    ],
+    "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
+    "RL2": ["--model.minibatches", "1"],
+    # Along flat directions conjugate gradients make rounding errors grow.
+    "MAMLPolicyTRPO": ["--model.damping", "0.1"],
+    "MetaGAN": ["--model.gan.stochastic", "false"],
+    "MetaGANRelation": ["--model.gan.stochastic", "false"],
+    "WeightGenerator": ["--model.stochastic", "false", "--model.batch_norm", "transductive"],
+}
+
+
+def command(algorithm: str, runs: Path, *flags: str, steps: int = 12) -> list[str]:
+    """Arguments of train.py: so many meta-updates on toy tasks, validated twice."""
+    return [
+        *([] if algorithm in AGENTS else DATA),
+        *LEARNERS[algorithm],
+        *SIZES,
+        *TRAINER,
+        *("--runs", str(runs), "--name", algorithm.lower()),
+        *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", "6", "--checkpoint_every", "2"),
+        *flags,
+    ]
+
+
+def evaluation(strategy: str, runs: Path, *flags: str) -> list[str]:
+    """Arguments of train.py: a test of what has nothing to train."""
+    place = ("--runs", str(runs), "--name", strategy.lower(), "--stage", "test")
+    return [*STRATEGIES[strategy], *SIZES, *TRAINER, *place, *flags]
+
+
+def headline(algorithm: str) -> str:
+    """The figure that a learner's checkpoints are chosen by."""
+    return HEADLINES["reinforcement" if algorithm in AGENTS else "classification"][0]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The state_dict of a checkpoint."""
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
