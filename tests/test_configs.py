@@ -99,7 +99,7 @@ def test_overlay_builds_on_a_configuration(path, tmp_path):
     """Catches an overlay that names what is not there, or that a later flag cannot override."""
     flags = (
         "--config",
-        str(CONFIGS / "optimization" / "maml" / "linear-10shot.yaml"),
+        str(CONFIGS / "optimization/maml/linear-10shot.yaml"),
         "--config",
         str(path),
         "--runs",

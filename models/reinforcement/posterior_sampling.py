@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from datamodules.reinforcement.environments import Environment, Facts, normal
-from models.reinforcement.context_encoder import Latents
+from models.reinforcement.context_encoder import ContextEncoder, Latents
+from models.reinforcement.soft_actor_critic import Policy
 from models.reinforcement.trials import Seen
 
-if TYPE_CHECKING:
-    from models.reinforcement.pearl import PEARL
+
+class LatentLearner(Protocol):
+    """Has a policy that knows latents beside what it observes, and infers them by an encoder; None infers nothing."""
+
+    latents: int
+    actions: int | None
+    policy: Policy
+    encoder: ContextEncoder | None
 
 
 class Memory(NamedTuple):
@@ -47,7 +54,9 @@ class PosteriorSampling:
         deterministic: the mode of the policy's actions, not a sample.
     """
 
-    def __init__(self, learner: PEARL, explore: int, context: int | None = None, deterministic: bool = False) -> None:
+    def __init__(
+        self, learner: LatentLearner, explore: int, context: int | None = None, deterministic: bool = False
+    ) -> None:
         self.learner, self.explore, self.context, self.deterministic = learner, explore, context, deterministic
         assert learner.actions is not None
         self.draws = learner.latents + learner.actions
