@@ -1,7 +1,7 @@
 """Compare learners on the same tasks: ``python -m app.compare runs/a runs/b …``, from what their tests left behind.
 
 Tasks differ more among themselves than learners do on one task, so differences are paired: an interval of the
-difference on the same tasks is much narrower than those of the two figures suggest.
+difference on the same tasks is much narrower than those of the two metrics suggest.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from models.core.metrics import POOLED, aggregate, interval, resampled
 
 
 def difference(name: str, first: Tensor, second: Tensor) -> tuple[float, float]:
-    """First minus second and the half-width of its 95 % interval, paired by task; of pooled figures by resamples.
+    """First minus second and the half-width of its 95 % interval, paired by task; of pooled metrics by resamples.
 
     Args:
-        name: of the figure, or of the counts that one is pooled from.
+        name: of the metric, or of the counts that one is pooled from.
         first, second: of each task, (T, …).
     """
     first, second = first.double(), second.double()
@@ -67,7 +67,7 @@ def _run_of(folder: Path) -> Path:
 
 
 def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Figures of each learner and paired differences of each two, ready for JSON.
+    """Metrics of each learner and paired differences of each two, ready for JSON.
 
     Raises:
         ConfigError: they were not tested on the same tasks.
@@ -76,18 +76,18 @@ def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     names = labels([e.folder for e in evaluations])
     learners, differences = [], []
     for name, one in zip(names, evaluations, strict=True):
-        found = aggregate(one.figures)
+        found = aggregate(one.metrics)
         told = {n: _numbers(found[n], found[f"{n}_ci95"]) for n in found if f"{n}_ci95" in found}
         learners.append(
-            {"learner": name, "algorithm": one.about["algorithm"], "folder": str(one.folder), "figures": told}
+            {"learner": name, "algorithm": one.about["algorithm"], "folder": str(one.folder), "metrics": told}
         )
     for (name, one), (other_name, other) in itertools.combinations(zip(names, evaluations, strict=True), 2):
         told = {}
-        for figure in learners[0]["figures"]:
-            of = next((counts for counts, (pooled, _) in POOLED.items() if pooled == figure), figure)
-            if of in one.figures and of in other.figures and len(one.figures[of]) == len(other.figures[of]):
-                told[figure] = _numbers(*difference(of, one.figures[of], other.figures[of]))
-        differences.append({"learner": name, "minus": other_name, "figures": told})
+        for metric in learners[0]["metrics"]:
+            of = next((counts for counts, (pooled, _) in POOLED.items() if pooled == metric), metric)
+            if of in one.metrics and of in other.metrics and len(one.metrics[of]) == len(other.metrics[of]):
+                told[metric] = _numbers(*difference(of, one.metrics[of], other.metrics[of]))
+        differences.append({"learner": name, "minus": other_name, "metrics": told})
     shared = {key: evaluations[0].about.get(key) for key in SETTINGS}
     return {**shared, "learners": learners, "differences": differences}
 
@@ -96,8 +96,8 @@ def _numbers(mean: float, half: float) -> dict[str, float | None]:
     return {"mean": None if math.isnan(mean) else mean, "ci95": None if math.isnan(half) else half}
 
 
-def _text(name: str, figure: dict[str, float | None], signed: bool = False) -> str:
-    mean, half = (math.nan if (value := figure[key]) is None else value for key in ("mean", "ci95"))
+def _text(name: str, metric: dict[str, float | None], signed: bool = False) -> str:
+    mean, half = (math.nan if (value := metric[key]) is None else value for key in ("mean", "ci95"))
     return headline_text(name, mean, half, signed) + (" *" if signed and abs(mean) > half else "")
 
 
@@ -108,33 +108,33 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
     shape = f", {ways}{content['shots']}-shot" if content["shots"] else ""
     shape += f", {content['episodes']} episodes" if content["episodes"] else ""
     over = f"{content['data']}{shape}: the same {content['tasks']:,} meta-test tasks"
-    names = list(dict.fromkeys(name for learner in content["learners"] for name in learner["figures"]))
+    names = list(dict.fromkeys(name for learner in content["learners"] for name in learner["metrics"]))
     for key, title, heading in (
         ("learners", over, "mean ± 95 % interval"),
         ("differences", "Paired differences", "first - second ± 95 % interval"),
     ):
         table = Table(title=title, title_justify="left")
-        for column in ("figure", "learner" if key == "learners" else "first - second"):
+        for column in ("metric", "learner" if key == "learners" else "first - second"):
             table.add_column(column, overflow="fold")
         table.add_column(heading, justify="right")
         for name in names:
-            rows = [row for row in content[key] if name in row["figures"]]
+            rows = [row for row in content[key] if name in row["metrics"]]
             for row in rows:
                 label = f"{row['learner']} - {row['minus']}" if "minus" in row else row["learner"]
-                text = _text(name, row["figures"][name], signed="minus" in row)
+                text = _text(name, row["metrics"][name], signed="minus" in row)
                 table.add_row(name if row is rows[0] else "", label, text, end_section=row is rows[-1])
         console.print(table)
     console.print("* the interval excludes zero; each is by itself, whatever the number of pairs", highlight=False)
 
 
 def as_csv(content: dict[str, Any]) -> str:
-    """A line for each figure of each learner, and of each two."""
+    """A line for each metric of each learner, and of each two."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["learner", "minus", "figure", "mean", "ci95"])
+    writer.writerow(["learner", "minus", "metric", "mean", "ci95"])
     for row in (*content["learners"], *content["differences"]):
-        for name, figure in row["figures"].items():
-            writer.writerow([row["learner"], row.get("minus", ""), name, figure["mean"], figure["ci95"]])
+        for name, metric in row["metrics"].items():
+            writer.writerow([row["learner"], row.get("minus", ""), name, metric["mean"], metric["ci95"]])
     return text.getvalue()
 
 
@@ -144,18 +144,18 @@ def returns(evaluations: Sequence[Evaluation]) -> tuple[list[tuple[str, Tensor]]
     None where no test was in environments.
     """
     named = zip(labels([e.folder for e in evaluations]), evaluations, strict=True)
-    held = [(name, e.figures) for name, e in named if "returns" in e.figures]
+    held = [(name, e.metrics) for name, e in named if "returns" in e.metrics]
     known = [optimum for _, table in held if (optimum := optimum_of(table)) is not None]
     return ([(name, table["returns"]) for name, table in held], known[0] if known else None) if held else None
 
 
-def place(folders: Sequence[Path]) -> Path:
+def comparison_dir(folders: Sequence[Path]) -> Path:
     """Where a comparison is left: beside the runs, or in the one that all are of."""
     base = Path(os.path.commonpath([_run_of(folder) for folder in folders]))
     return base / "comparisons" / slug(labels(folders))
 
 
-def leave(evaluations: Sequence[Evaluation], out: Path, command: str) -> None:
+def write_comparison(evaluations: Sequence[Evaluation], out: Path, command: str) -> None:
     """Compare, print, and write comparison.json, .csv and .png; of trials in environments returns.png, too.
 
     Raises:
@@ -192,7 +192,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
             raise ConfigError("a comparison needs two or more folders, each of them once")
         evaluations = [Evaluation.load(folder) for folder in folders]
-        leave(evaluations, options.out or place(folders), shlex.join(["python", "-m", "app.compare", *args]))
+        write_comparison(
+            evaluations, options.out or comparison_dir(folders), shlex.join(["python", "-m", "app.compare", *args])
+        )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from app.cli.builder import quiet_lightning
 from app.cli.from_checkpoint import SHORT, FromCheckpoint, Options, Trained, fits, open_checkpoint, restore
 from app.cli.suggestions import one_line_errors
-from app.compare import leave as leave_comparison
-from app.compare import place as place_comparison
+from app.compare import comparison_dir, write_comparison
 from app.dashboard.callback import Dashboard
 from app.runs.directory import EVALUATIONS, TASKS_CSV, TASKS_NPZ, slug
 from app.runs.evaluation_record import Evaluation, refuse_other_settings, settings
@@ -48,7 +47,7 @@ class EvaluationCLI(FromCheckpoint):
         self.words = words
         super().__init__(trained, options, keys)
 
-    def place(self, stage: str) -> tuple[Path, Path | None]:
+    def choose_folder(self, stage: str) -> tuple[Path, Path | None]:
         if self.options.out is not None:
             out = Path(self.options.out)
             if (out / CHECKPOINTS).is_dir():
@@ -99,7 +98,7 @@ def _write(path: Path, content: str) -> None:
 
 
 @rank_zero_only
-def leave(cli: EvaluationCLI, command: str) -> None:
+def write_evaluation(cli: EvaluationCLI, command: str) -> None:
     """results.json and the closing table."""
     data = cli.datamodule
     assert data is not None
@@ -128,7 +127,7 @@ def evaluate(cli: EvaluationCLI, command: str) -> None:
     _write(cli.run_dir / "config.yaml", cli.yaml())  # first: a folder that cannot be written is told before the work
     cli.set_threads()
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    leave(cli, command)
+    write_evaluation(cli, command)
 
 
 def finished(cli: EvaluationCLI) -> bool:
@@ -171,8 +170,8 @@ def compare(options: argparse.Namespace, keys: Sequence[str], words: Sequence[st
             rank_zero_info(f"{cli.trained.path} is evaluated already, in {cli.run_dir}: remove that to do it again")
         else:
             evaluate(cli, command)
-    out = place_comparison(folders) if options.out is None else Path(options.out)
-    leave_comparison([Evaluation.load(folder) for folder in folders], out, command)
+    out = comparison_dir(folders) if options.out is None else Path(options.out)
+    write_comparison([Evaluation.load(folder) for folder in folders], out, command)
 
 
 def main(args: Sequence[str] | None = None) -> None:

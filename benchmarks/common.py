@@ -171,7 +171,7 @@ class Report:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the metrics depend on."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         named = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
@@ -190,7 +190,7 @@ def arguments(description: str, seconds: float, data: bool = True, plot: bool = 
         description: of it.
         seconds: the default time of one section.
         data: whether it reads Omniglot.
-        plot: whether it draws its figures too.
+        plot: whether it draws its metrics too.
     """
     parser = argparse.ArgumentParser(description=description)
     if data:
@@ -198,11 +198,11 @@ def arguments(description: str, seconds: float, data: bool = True, plot: bool = 
         parser.add_argument("--root", default="data", help=place)
         parser.add_argument("--generated", action="store_true", help="random drawings of the same size instead")
     if plot:
-        parser.add_argument("--plot", help="also draw the figures to this PNG file")
+        parser.add_argument("--plot", help="also draw the metrics to this PNG file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=seconds, help="about how long each section is measured")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: its figures tell nothing")
-    parser.add_argument("--out", help="also write the figures to this JSON file")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: its metrics tell nothing")
+    parser.add_argument("--out", help="also write the metrics to this JSON file")
     args = parser.parse_args()
     if args.quick:
         args.seconds = 0.0
@@ -549,7 +549,7 @@ def measure_trainer(
             synchronize(device)
             spent = (time.perf_counter() - self.begin) / window
             if done > window:  # the first one warms up
-                # The learner writes its figures after this hook, and so at the beginning of the next window.
+                # The learner writes its metrics after this hook, and so at the beginning of the next window.
                 logged = done - window and (done - window) % every == 0
                 self.times["with log" if logged else "Trainer"].append(spent)
             with torch.enable_grad():
@@ -676,7 +676,7 @@ class Memory:
             return next(float(s.split()[1]) / 2**10 for s in status.read_text().splitlines() if s.startswith("VmHWM"))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
-    def figures(self) -> tuple[float, float, float]:
+    def metrics(self) -> tuple[float, float, float]:
         """Peak, of it after the imports, and on the GPU."""
         peak = self._peak()
         gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
@@ -691,7 +691,7 @@ def serve(factory: str, file: str) -> None:
     step = timed(getattr(importlib.import_module(module), function)(content), content["device"])
     memory = Memory()
     for line in sys.stdin:
-        answer = memory.figures() if line.strip() == "memory" else (step(),)
+        answer = memory.metrics() if line.strip() == "memory" else (step(),)
         print(*answer, file=answers, flush=True)
 
 

@@ -287,7 +287,7 @@ PARTS = {
     "acting": "the recurrent policy, step by step, and its samples",
     "chance": "uniform numbers of the trial",
     "rest of the trial": "what is kept of it",
-    "learning": "advantages, epochs of both networks, figures",
+    "learning": "advantages, epochs of both networks, metrics",
     "Trainer": "sampling the tasks, callbacks, loggers",
 }
 

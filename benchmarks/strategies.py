@@ -1,11 +1,11 @@
-"""Strategies for bandits and tabular processes, tuned, beside the figures that RL² (Duan et al., 2016) has of them.
+"""Strategies for bandits and tabular processes, tuned, beside the metrics that RL² (Duan et al., 2016) has of them.
 
     python -m benchmarks.strategies --cells 10x5,10x10,100x5 --mdp 10
 
 What a strategy has to tune is chosen by its return on meta-validation tasks, never on the meta-test tasks that the
-table is of. Published figures are of 1,000 tasks, which they were tuned on, and have two to four digits.
+table is of. Published results are of 1,000 tasks, which they were tuned on, and have two to four digits.
 
-Rows "as released" have settings of the code that the published figures come from: of equal arms the first is pulled,
+Rows "as released" have settings of the code that the published results come from: of equal arms the first is pulled,
 and strategies for processes believe that rewards have mean 0, where they are drawn with mean 1, and, where they do not
 sample, that an observation weighs ten thousand times as much as that belief. What is published as optimistic Thompson
 sampling takes the likeliest of several samples. The other rows are strategies that know how tasks are drawn.
@@ -69,7 +69,7 @@ class Row:
         tasks, strategy: what is measured.
         settings: of the learner, beside those that are tuned.
         parameter, values: what is tuned, and over what.
-        published: total reward; None where there is no such figure.
+        published: total reward; None where there is no such metric.
         note: what tells it from other rows of its strategy.
         chosen, mean, ci95: the tuned value, and what is measured: total reward and the half-width of its 95 % interval.
     """
@@ -87,7 +87,7 @@ class Row:
 
     @property
     def deviation(self) -> float | None:
-        """From the published figure, per cent."""
+        """From the published result, per cent."""
         return None if self.published is None else 100 * (self.mean / self.published - 1)
 
 
@@ -115,7 +115,7 @@ def process_rows(episodes: int) -> Iterator[Row]:
     """Of one column of the table."""
     tasks = f"{episodes} episodes"
     column = EPISODES.index(episodes) if episodes in EPISODES else None
-    published = {name: None if column is None else figures[column] for name, figures in PROCESSES.items()}
+    published = {name: None if column is None else metrics[column] for name, metrics in PROCESSES.items()}
     samples, bonuses = (1, 2, 3, 5, 7, 10, 15, 20), tuple(1000 * value for value in LOGARITHMIC)
     yield Row(tasks, "value-iteration")
     yield Row(tasks, "random", published=published["random"])
@@ -191,7 +191,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the tasks")
     parser.add_argument("--batch", type=int, default=1000, help="tasks that are gone through together")
     parser.add_argument("--threads", type=int, default=1, help="what is small is slower by more")
-    parser.add_argument("--out", help="also write the figures to this JSON file")
+    parser.add_argument("--out", help="also write the metrics to this JSON file")
     return parser.parse_args()
 
 

@@ -90,8 +90,8 @@ def test_configuration_runs(path, data, tmp_path):
         flags += ["--data.init_args.meta_batch_size", "20", "--model.init_args.epochs", "1"]
     flags += [*pretrained(path, tmp_path), *classes(path, *flags, *short)]
     main(["--config", str(path), *short, *flags])
-    figures = json.loads((tmp_path / "x" / "results.json").read_text())["figures"]
-    assert all(math.isfinite(f["mean"]) for f in figures.values())
+    metrics = json.loads((tmp_path / "x" / "results.json").read_text())["metrics"]
+    assert all(math.isfinite(f["mean"]) for f in metrics.values())
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)

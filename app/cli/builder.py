@@ -130,17 +130,17 @@ class MetaboltCLI(LightningCLI):
                 f"gives {data.kind}: choose another algorithm or another task distribution"
             )
         stage = self.setting("stage")
-        self.run_dir, self.ckpt_path = self.place(stage)
-        figure, better = HEADLINES[data.kind]
+        self.run_dir, self.ckpt_path = self.choose_folder(stage)
+        metric, better = HEADLINES[data.kind]
         trainer_settings = self._get(self.config_init, "trainer")
         own: list[pl.Callback] = [RunFiles(self)]
         if trainer_settings.get("enable_progress_bar") is not False:
-            own.append(TaskProgress(figure))
+            own.append(TaskProgress(metric))
         if stage == "fit" and not trainer_settings.get("fast_dev_run"):
             folder = self.run_dir / CHECKPOINTS
             own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
             if trainer_settings.get("limit_val_batches") != 0:
-                own.append(BestCheckpoint(folder, f"val/{figure}", better))
+                own.append(BestCheckpoint(folder, f"val/{metric}", better))
         callbacks = trainer_settings.get("callbacks") or []
         loggers: list[Any] = [] if trainer_settings.get("fast_dev_run") else self.loggers(own)
         trainer = super().instantiate_trainer(
@@ -152,12 +152,12 @@ class MetaboltCLI(LightningCLI):
         self._check(trainer)
         return trainer
 
-    def place(self, stage: str) -> tuple[Path, Path | None]:
+    def choose_folder(self, stage: str) -> tuple[Path, Path | None]:
         """The run directory, and the checkpoint that the run starts from."""
         return choose_run(Path(self.setting("runs")), self.setting("name"), self.setting("ckpt_path"), stage)
 
     def loggers(self, callbacks: list[pl.Callback]) -> list[Any]:
-        """Where figures are logged; loggers may add callbacks."""
+        """Where metrics are logged; loggers may add callbacks."""
         return [MetricsCSV(self.run_dir), *self.dashboards(callbacks)]
 
     def dashboards(self, callbacks: list[pl.Callback]) -> list[Any]:
@@ -170,9 +170,9 @@ class MetaboltCLI(LightningCLI):
     def _check(self, trainer: pl.Trainer) -> None:
         """Refuse impossible combinations before any work."""
         if isinstance(self.model, ReinforcementLearner):
-            misfit = self.model.misfit(self.datamodule.environment)
-            if misfit is not None:
-                raise ConfigError(misfit)
+            problem = self.model.check(self.datamodule.environment)
+            if problem is not None:
+                raise ConfigError(problem)
         trainer_settings = self._get(self.config_init, "trainer")
         own = trainer_settings.get("gradient_clip_val") or (trainer_settings.get("accumulate_grad_batches") or 1) > 1
         if own and not self.model.automatic_optimization:
@@ -251,7 +251,7 @@ class RunFiles(pl.Callback):
 
 
 @rank_zero_only
-def leave_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
+def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
     """results.json and the closing table."""
     facts = {
         "seed": cli.datamodule.seed,
@@ -289,7 +289,7 @@ def run(cli: MetaboltCLI) -> None:
     else:
         trainer.test(ckpt_path=checkpoint, verbose=False, **common)
     if stage != "validate":
-        leave_results(cli, checkpoint)
+        write_run_results(cli, checkpoint)
 
 
 def _trained(cli: MetaboltCLI) -> Path | None:

@@ -25,7 +25,7 @@ from models.core.learner import MetaLearner
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode
 
-# What of the training's Trainer concerns the figures; the rest belongs to the machine and the length of that training.
+# What of the training's Trainer concerns the metrics; the rest belongs to the machine and the length of that training.
 TRAINER_KEPT = ("precision", "deterministic", "benchmark")
 # What of the training's data another data set takes over: what tasks look like and how many there are.
 DATA_KEPT = ("ways", "shots", "queries", "episodes", "test_tasks", "eval_batch_size")

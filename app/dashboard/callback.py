@@ -18,7 +18,7 @@ from torch import Tensor
 
 from app.dashboard import few_shot, video
 from app.dashboard.confusion import Confusions, confused_pairs, confusion_matrix
-from app.dashboard.open_set import Outside
+from app.dashboard.open_set import OpenSet
 from app.dashboard.probe import Probe
 from app.dashboard.reinforcement import TrialPictures
 from app.dashboard.wandb import WandbRun, one_line
@@ -42,12 +42,12 @@ class Dashboard(pl.Callback):
     The first process alone draws, with no word to the others. A picture that fails costs a line, not the run.
 
     Args:
-        run_dir: of the run; pictures are in its ``figures/``, with ``results.png`` and the figures of every test task
+        run_dir: of the run; pictures are in its ``figures/``, with ``results.png`` and the metrics of every test task
             beside.
         share: of the training time that pictures at validations may take, on average; the first is always drawn.
         curve_tasks: tasks behind the adaptation curve.
-        confusion_tasks: test tasks behind the pictures of confusions, and behind the figures of queries from outside.
-        pictures: otherwise only figures are kept.
+        confusion_tasks: test tasks behind the pictures of confusions, and behind the metrics of other classes' queries.
+        pictures: otherwise only metrics are kept.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Dashboard(pl.Callback):
         self.seconds = 0.0
         self._started: float | None = None
         self._failed: set[str] = set()
-        self._outside: Outside | None = None
+        self._open_set: OpenSet | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.monotonic()
@@ -82,7 +82,7 @@ class Dashboard(pl.Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             # First what was measured: of a slow learner, the rest takes minutes, in which a process may be killed.
             self._guarded("table of the tasks", lambda: self._keep_tasks(trainer, pl_module))
-            self._guarded("queries from outside", lambda: self._measure_outside(trainer, pl_module))
+            self._guarded("queries of other classes", lambda: self._measure_open_set(trainer, pl_module))
             self._guarded("table of the tasks", lambda: self._keep_tasks(trainer, pl_module))
             self._guarded("pictures", lambda: self._draw(trainer, pl_module, "test"))
             self._guarded("video", lambda: self._film(trainer, pl_module))
@@ -107,14 +107,14 @@ class Dashboard(pl.Callback):
                 log.warning("%s not made, the run goes on: %s: %s", what, type(error).__name__, one_line(error))
             return None
 
-    def _measure_outside(self, trainer: Any, learner: MetaLearner) -> None:
-        data, self._outside = trainer.datamodule, None
+    def _measure_open_set(self, trainer: Any, learner: MetaLearner) -> None:
+        data, self._open_set = trainer.datamodule, None
         if data.kind != "classification":
             return
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            self._outside = Outside.of(Probe(learner, data, "test"), min(self.confusion_tasks, data.test_tasks))
-        if self._outside is not None:
-            learner.task_figures("test").beside.update(self._outside.figures())
+            self._open_set = OpenSet.of(Probe(learner, data, "test"), min(self.confusion_tasks, data.test_tasks))
+        if self._open_set is not None:
+            learner.stage_metrics("test").subset.update(self._open_set.metrics())
 
     def _draw(self, trainer: Any, learner: MetaLearner, split: str) -> None:
         if not self.pictures:
@@ -146,14 +146,14 @@ class Dashboard(pl.Callback):
 
     def _pictures(self, probe: Probe, trainer: pl.Trainer) -> Iterator[tuple[str, Callable[[], Any]]]:
         final, acts = probe.split == "test", probe.data.kind == "reinforcement"
-        metric = probe.learner.task_figures(probe.split)
+        metric = probe.learner.stage_metrics(probe.split)
         table: dict[str, Tensor] = metric.all_tasks if final or acts else {}
-        values = table.get(probe.figure_name)
+        values = table.get(probe.metric_name)
         panels: list[Any] = []
         at = "meta-test" if final else f"meta-validation after {probe.learner.tasks_seen:,} tasks"
         if values is not None and final:
-            yield "histogram", partial(results.histogram, values, probe.figure_name)
-            panels.append(("Meta-test tasks", lambda axes: results.draw_histogram(axes, values, probe.figure_name)))
+            yield "histogram", partial(results.histogram, values, probe.metric_name)
+            panels.append(("Meta-test tasks", lambda axes: results.draw_histogram(axes, values, probe.metric_name)))
         if "bins" in table:
             bins = table["bins"].double().sum(0)
             yield "reliability", partial(calibration.reliability, bins)
@@ -175,19 +175,19 @@ class Dashboard(pl.Callback):
             None if acts else self._guarded("adaptation", partial(probe.adaptation, min(self.curve_tasks, available)))
         )
         if curve is not None:
-            yield "adaptation", partial(adaptation.adaptation, curve, probe.figure_name, f"Adaptation, {at}")
-            panels.append(("Adaptation", lambda axes: adaptation.draw_adaptation(axes, curve, probe.figure_name)))
-        points = self._guarded("training", partial(self._curve, trainer, probe.figure_name)) if final else None
+            yield "adaptation", partial(adaptation.adaptation, curve, probe.metric_name, f"Adaptation, {at}")
+            panels.append(("Adaptation", lambda axes: adaptation.draw_adaptation(axes, curve, probe.metric_name)))
+        points = self._guarded("training", partial(self._curve, trainer, probe.metric_name)) if final else None
         if points is not None:
-            yield "training", partial(adaptation.training, points, probe.figure_name)
-            panels.append(("Meta-training", lambda axes: adaptation.draw_training(axes, points, probe.figure_name)))
-        outside = self._outside if final else None
-        if outside is not None:
-            parts = (outside.inside, outside.outside[outside.kept], outside.ways)
-            auroc = interval(outside.auroc)
-            yield "outside", partial(calibration.outside, *parts, *auroc, f"{len(outside.inside):,} tasks")
+            yield "training", partial(adaptation.training, points, probe.metric_name)
+            panels.append(("Meta-training", lambda axes: adaptation.draw_training(axes, points, probe.metric_name)))
+        open_set = self._open_set if final else None
+        if open_set is not None:
+            parts = (open_set.known, open_set.unknown[open_set.kept], open_set.ways)
+            auroc = interval(open_set.auroc)
+            yield "open_set", partial(calibration.open_set, *parts, *auroc, f"{len(open_set.known):,} tasks")
             title = calibration.auroc_text(*auroc)
-            panels.append((title, lambda axes: calibration.draw_outside(axes, *parts)))
+            panels.append((title, lambda axes: calibration.draw_open_set(axes, *parts)))
         if probe.pictures:
             worst = None if values is None else int(table["index"][values.argmin()])
             yield "episode", lambda: episodes.episode(*few_shot.episode(probe, 0), title=f"Task 0, {at}")
@@ -229,19 +229,19 @@ class Dashboard(pl.Callback):
             yield "results", lambda: results.results(panels, one if probe.pictures else None, _title(probe, table))
 
     def _confusions(self, probe: Probe, available: int) -> Confusions | None:
-        known = None if self._outside is None else self._outside.predicted
+        known = None if self._open_set is None else self._open_set.predicted
         return Confusions.of(probe, min(self.confusion_tasks, available), known)
 
-    def _curve(self, trainer: pl.Trainer, figure_name: str) -> np.ndarray | None:
+    def _curve(self, trainer: pl.Trainer, metric_name: str) -> np.ndarray | None:
         for logger in trainer.loggers:
             logger.save()
         path = self.run_dir / "metrics.csv"
-        points = adaptation.read_curve(path, figure_name) if path.is_file() else np.zeros((0, 3))
+        points = adaptation.read_curve(path, metric_name) if path.is_file() else np.zeros((0, 3))
         return points if len(points) > 1 else None
 
     def _keep_tasks(self, trainer: Any, learner: MetaLearner) -> None:
         """The table of the test tasks, as CSV and for comparisons."""
-        metric, data = learner.task_figures("test"), trainer.datamodule
+        metric, data = learner.stage_metrics("test"), trainer.datamodule
         columns, rows = _table(Probe(learner, data, "test"), metric.all_tasks)
         text = io.StringIO()
         csv.writer(text).writerows([columns, *rows])
@@ -250,7 +250,7 @@ class Dashboard(pl.Callback):
 
     def _summarise(self, trainer: Any, learner: MetaLearner) -> None:
         """The table of the test tasks for W&B, and the run's summary."""
-        metric, data = learner.task_figures("test"), trainer.datamodule
+        metric, data = learner.stage_metrics("test"), trainer.datamodule
         columns, rows = _table(Probe(learner, data, "test"), metric.all_tasks)
         result, name = metric.everything(), HEADLINES[data.kind][0]
         for logger in _runs(trainer):
@@ -283,14 +283,14 @@ def _title(probe: Probe, table: dict[str, Tensor]) -> str:
     data: Any = probe.data
     shape = f", {data.ways}-way {data.shots}-shot" if getattr(data, "ways", 0) else ""
     shape += f", trials of {data.episodes} episodes" if data.kind == "reinforcement" else ""
-    result = headline_text(probe.figure_name, *interval(table[probe.figure_name]))
-    unit = {"accuracy": "", "mse": " MSE"}.get(probe.figure_name, f" {probe.figure_name}")
+    result = headline_text(probe.metric_name, *interval(table[probe.metric_name]))
+    unit = {"accuracy": "", "mse": " MSE"}.get(probe.metric_name, f" {probe.metric_name}")
     what = f"{type(probe.learner).__name__} on {type(data).__name__}{shape}"
     return f"{what}:{unit} {result} over {len(table['index']):,} meta-test tasks"
 
 
 def _table(probe: Probe, tasks: dict[str, Tensor]) -> tuple[list[Any], list[list[Any]]]:
-    """Columns and rows of the test table: figures and facts of one number per task, and the names of its classes."""
+    """Columns and rows of the test table: metrics and facts of one number per task, and the names of its classes."""
     columns = {"task": tasks["index"].tolist()}
     columns |= {n: v.tolist() for n, v in tasks.items() if n not in ("index", FINGERPRINT) and v.dim() == 1}
     if "classes" in tasks:

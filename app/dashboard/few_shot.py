@@ -34,7 +34,7 @@ def embeddings(probe: Probe) -> Any:
 
 
 def fits(probe: Probe, tasks: int) -> Any:
-    """Arguments of ``figures.fits``, or of ``figures.predictive_fits`` where predictions are distributions."""
+    """Arguments of ``adaptation.fits``, or of ``adaptation.predictive_fits`` where predictions are distributions."""
     stored, ready = probe.sample(range(tasks))
     low, high = getattr(probe.data, "x_range", (float(stored.query_x.min()), float(stored.query_x.max())))
     grid = torch.linspace(low, high, 200)[:, None]

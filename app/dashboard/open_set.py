@@ -23,28 +23,28 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 @dataclass
-class Outside:
+class OpenSet:
     """Entropies of predictions for a task's own queries, and for those of the next task, which it has no classes for.
 
     The next task's queries are predicted as a batch of their own, of the same size: where a prediction depends on the
     other queries, it does so as for the task's own. Those whose class is in the episode are left out after that.
 
     Attributes:
-        inside: (T, Q), nats.
-        outside: (T, Q), nats.
+        known: (T, Q), nats.
+        unknown: (T, Q), nats.
         kept: (T, Q), which queries of the next task have a class that is not in the episode; at least one of each task.
         ways: classes of a task.
         predicted: (N, Q), labels that the first tasks' own queries were given, also of tasks that are left out here.
     """
 
-    inside: Tensor
-    outside: Tensor
+    known: Tensor
+    unknown: Tensor
     kept: Tensor
     ways: int
     predicted: Tensor
 
     @classmethod
-    def of(cls, probe: Probe, tasks: int) -> Outside | None:
+    def of(cls, probe: Probe, tasks: int) -> OpenSet | None:
         """From the first tasks of a split; None where the data does not tell its classes, or has too few."""
         learner, batch = probe.learner, probe.data.eval_batch_size
         entropies, kept, predicted, ways = [], [], [], 0
@@ -74,16 +74,16 @@ class Outside:
     @property
     def auroc(self) -> Tensor:
         """Of telling the two apart by the entropy, within each task, (T,)."""
-        share = (torch.cat([self.inside, self.outside], 1) / math.log(self.ways)).clamp(0, 1)
+        share = (torch.cat([self.known, self.unknown], 1) / math.log(self.ways)).clamp(0, 1)
         foreign = torch.cat([torch.zeros_like(self.kept), self.kept], 1).long()
         considered = torch.cat([torch.ones_like(self.kept), self.kept], 1)
         rows = zip(share, foreign, considered, strict=True)
         return torch.stack([binary_auroc(score[use], label[use]) for score, label, use in rows])
 
-    def figures(self) -> dict[str, Tensor]:
+    def metrics(self) -> dict[str, Tensor]:
         """Of each task, (T,)."""
         return {
-            "inside_entropy": self.inside.mean(1),
-            "outside_entropy": (self.outside * self.kept).sum(1) / self.kept.sum(1),
-            "outside_auroc": self.auroc,
+            "known_entropy": self.known.mean(1),
+            "unknown_entropy": (self.unknown * self.kept).sum(1) / self.kept.sum(1),
+            "open_set_auroc": self.auroc,
         }

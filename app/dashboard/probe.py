@@ -38,7 +38,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         self.tasks: Any = self.data.distribution(self.split)
-        self.figure_name = HEADLINES[self.data.kind][0]
+        self.metric_name = HEADLINES[self.data.kind][0]
 
     def sample(self, indices: Sequence[int]) -> tuple[Episodes, Episodes]:
         """Tasks as they are stored, on the CPU, and as the learner gets them."""
@@ -67,14 +67,14 @@ class Probe:
         return _on_cpu(learner.map(states, ready))
 
     def adaptation(self, tasks: int) -> np.ndarray | None:
-        """The headline figure of the first tasks along the inner loop, (T, steps + 1); None where it has no steps."""
+        """The headline metric of the first tasks along the inner loop, (T, steps + 1); None where it has no steps."""
         _, ready = self.sample(range(tasks))
         predictions = self.along(ready)
         states = (predictions.mean if isinstance(predictions, Mixture) else predictions).shape[1]
         if states < 2:
             return None
         target = ready.query_y.cpu()[:, None].expand(-1, states, *ready.query_y.shape[1:])
-        return self.learner.per_task(predictions, target)[self.figure_name].numpy()
+        return self.learner.per_task(predictions, target)[self.metric_name].numpy()
 
     def names(self, stored: Episodes, i: int) -> list[str]:
         """Class names of task i by label; labels where the data has no names."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from app.plots import reinforcement as figures
+from app.plots import reinforcement as plots
 from app.plots.style import Panel
 from datamodules.reinforcement.bandits import BernoulliBandit
 from datamodules.reinforcement.environments import Environments
@@ -28,7 +28,7 @@ class TrialPictures:
 
     Args:
         probe: looks at the learner.
-        table: figures of each task, name to (T, …), with ``returns`` (T, E) and, where the best policy is known,
+        table: metrics of each task, name to (T, …), with ``returns`` (T, E) and, where the best policy is known,
             ``of_optimum`` (T, 2).
         at: when it was measured, for titles.
         guarded: the result of an action, or None with a line in the log where it fails.
@@ -59,18 +59,18 @@ class TrialPictures:
     def _returns(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         returns, optimum = self.table["returns"], optimum_of(self.table)
         title = f"Returns, {self.at}"
-        yield "episodes", partial(figures.returns, returns, optimum, title, unit=self.unit)
+        yield "episodes", partial(plots.returns, returns, optimum, title, unit=self.unit)
         self.panels.append(
-            (f"{self.unit.title()}s", lambda axes: figures.draw_returns(axes, returns, optimum, self.unit))
+            (f"{self.unit.title()}s", lambda axes: plots.draw_returns(axes, returns, optimum, self.unit))
         )
         if self.encodes:  # a set of transitions
             horizon = self.environment.horizon
-            yield "context", partial(figures.returns, returns, optimum, title, unit=self.unit, horizon=horizon)
+            yield "context", partial(plots.returns, returns, optimum, title, unit=self.unit, horizon=horizon)
         if optimum is not None:
             chance = self._chance()
-            yield "regret", partial(figures.regret, returns, optimum, chance, f"Regret, {self.at}", unit=self.unit)
+            yield "regret", partial(plots.regret, returns, optimum, chance, f"Regret, {self.at}", unit=self.unit)
             self.panels.append(
-                ("Regret", lambda axes: figures.draw_regret(axes, returns, optimum, chance, unit=self.unit))
+                ("Regret", lambda axes: plots.draw_regret(axes, returns, optimum, chance, unit=self.unit))
             )
 
     def _chance(self) -> Tensor | None:
@@ -84,9 +84,9 @@ class TrialPictures:
         if looked is not None:
             batch, trial = looked
             parts = (batch.task["arms"].cpu(), trial.action.T.cpu())
-            yield "arms", partial(figures.pulls, *parts, batch.index.tolist(), f"Arms pulled, {self.at}")
+            yield "arms", partial(plots.pulls, *parts, batch.index.tolist(), f"Arms pulled, {self.at}")
             title = f"Arms pulled, mean of {len(batch)} tasks"
-            self.panels.append((title, lambda axes: figures.draw_mean_pulls(axes, *parts)))
+            self.panels.append((title, lambda axes: plots.draw_mean_pulls(axes, *parts)))
 
     def _trajectories(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         looked = self._look("trajectories", WALKED)
@@ -95,19 +95,19 @@ class TrialPictures:
             positions, returns = positions_of(trial, batch.episodes), trial.returns(batch.episodes).float().cpu()
             goals, radius = batch.task["goal"].float().cpu(), getattr(self.environment, "radius", None)
             parts = (positions, goals, returns, batch.index.tolist(), radius)
-            yield "trajectories", partial(figures.trajectories, *parts, f"Trajectories, {self.at}")
+            yield "trajectories", partial(plots.trajectories, *parts, f"Trajectories, {self.at}")
             title = f"Task {int(batch.index[0])}, first episode light, last one dark"
-            self.panels.append((title, lambda axes: figures.draw_trajectories(axes, positions[0], goals[0], radius)))
+            self.panels.append((title, lambda axes: plots.draw_trajectories(axes, positions[0], goals[0], radius)))
 
     def _latents(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         looked = self.guarded("latents", lambda: latents_of(self.probe, min(ENCODED, self.available)))
         if looked is not None:
             latents, facts, names = looked
             title = f"Latents of {len(latents)} tasks, {self.at}"
-            yield "latents", partial(figures.latents, latents, facts, names, title)
-            colours = figures.fact_colours(facts)
+            yield "latents", partial(plots.latents, latents, facts, names, title)
+            colours = plots.fact_colours(facts)
             panel = f"Latents, coloured by {' and '.join(names)}"
-            self.panels.append((panel, lambda axes: figures.draw_latents(axes, latents, colours)))
+            self.panels.append((panel, lambda axes: plots.draw_latents(axes, latents, colours)))
 
     def _look(self, what: str, tasks: int) -> tuple[Environments, Trial] | None:
         """The trials of the first tasks, as they were tested."""
@@ -122,7 +122,7 @@ class TrialPictures:
 
 
 def optimum_of(table: dict[str, Tensor]) -> Tensor | None:
-    """Expected return of an episode by each task's best policy, (T,), from the figures of trials; None if unknown."""
+    """Expected return of an episode by each task's best policy, (T,), from the metrics of trials; None if unknown."""
     return table["of_optimum"][:, 1] / table["returns"].shape[1] if "of_optimum" in table else None
 
 

@@ -92,7 +92,7 @@ def film(learner: Any, batch: Environments) -> tuple[list[Image.Image], float] |
     """Frames of what a learner does in evaluation, and how many there are to a second; None where nothing renders.
 
     Args:
-        learner: in evaluation mode; its figures of "val" tasks are lost.
+        learner: in evaluation mode; its metrics of "val" tasks are lost.
         batch: the task to film, on the learner's device.
     """
     rendering = getattr(batch.environment, "rendering", None)
@@ -103,10 +103,10 @@ def film(learner: Any, batch: Environments) -> tuple[list[Image.Image], float] |
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a screen, but has to be told
     filmed = Film(shown, batch.episodes * shown.horizon)
     try:
-        # The evaluation itself, as each learner has it; under a stage whose figures nobody asks for after a test.
+        # The evaluation itself, as each learner has it; under a stage whose metrics nobody asks for after a test.
         learner.evaluation_step(dataclasses.replace(batch, environment=filmed), "val")
     finally:
-        learner.task_figures("val").reset()
+        learner.stage_metrics("val").reset()
         shown.close()
     return filmed.frames, shown.fps / filmed.stride
 

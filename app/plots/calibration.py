@@ -80,15 +80,15 @@ def coverage(levels: Any, title: str = "Calibration") -> Figure:
     return figure
 
 
-def draw_outside(axes: Axes, inside: Any, outside: Any, ways: int) -> None:
+def draw_open_set(axes: Axes, known: Any, unknown: Any, ways: int) -> None:
     """How many queries have a prediction of at most so much entropy, of the task's classes and of others.
 
     Args:
         axes: to draw on.
-        inside, outside: entropies, nats, of any shape.
+        known, unknown: entropies, nats, of any shape.
         ways: classes of a task.
     """
-    for values, colour, name in ((inside, MAIN, "classes of the task"), (outside, ACCENT, "other classes")):
+    for values, colour, name in ((known, MAIN, "classes of the task"), (unknown, ACCENT, "other classes")):
         values = np.ravel(np.asarray(values, np.float64))
         axes.ecdf(values, color=colour, label=f"{name}: mean {values.mean():.3f}")
     axes.axvline(math.log(ways), color=MUTED, lw=1, ls=(0, (4, 2)), label=f"uniform over {ways} classes")
@@ -101,14 +101,14 @@ def draw_outside(axes: Axes, inside: Any, outside: Any, ways: int) -> None:
 
 
 def auroc_text(mean: float, half: float) -> str:
-    """The title of entropies inside and outside."""
+    """The title of entropies of known and unknown classes."""
     return f"Queries of other classes: AUROC {mean:.3f} ± {half:.3f}"
 
 
 @styled
-def outside(inside: Any, outside: Any, ways: int, auroc: float, half: float, over: str) -> Figure:
-    """Entropies of queries inside and outside; arguments as ``draw_outside``, and the AUROC within a task."""
+def open_set(known: Any, unknown: Any, ways: int, auroc: float, half: float, over: str) -> Figure:
+    """Entropies of queries of known and unknown classes; arguments as ``draw_open_set``, and the AUROC of a task."""
     figure, axes = single(5.6, 3.8)
-    draw_outside(axes, inside, outside, ways)
+    draw_open_set(axes, known, unknown, ways)
     axes.set_title(f"{auroc_text(auroc, half)}, {over}")
     return figure

@@ -11,22 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from app.plots.style import ACCENT, CLASSES, FIGURE_NAMES, INK, MAIN, Panel, mean_and_half, shorten, single, styled
+from app.plots.style import ACCENT, CLASSES, INK, MAIN, METRIC_NAMES, Panel, mean_and_half, shorten, single, styled
 from app.runs.progress import SHARES, headline_text
 from models.core.metrics import LOWER_IS_BETTER
 
 
-def draw_histogram(axes: Axes, values: Any, figure_name: str) -> None:
+def draw_histogram(axes: Axes, values: Any, metric_name: str) -> None:
     """Tasks by their figure, the worst tenth of them marked.
 
     Args:
         axes: to draw on.
         values: of each task, (T,).
-        figure_name: "accuracy", "mse", "return".
+        metric_name: "accuracy", "mse", "return".
     """
     values = np.sort(np.asarray(values, np.float64))
     values = values[np.isfinite(values)]
-    low_is_worse = figure_name not in LOWER_IS_BETTER
+    low_is_worse = metric_name not in LOWER_IS_BETTER
     tenth = max(1, len(values) // 10)
     worst = values[:tenth] if low_is_worse else values[-tenth:]
     mean, half = mean_and_half(values)
@@ -36,7 +36,7 @@ def draw_histogram(axes: Axes, values: Any, figure_name: str) -> None:
         step = float(gaps.min()) if len(gaps) else 0.05
         step *= max(1, math.ceil((values[-1] - values[0]) / step / 40))
         edges: Any = values[-1] + step / 2 - step * np.arange(math.ceil((values[-1] - values[0]) / step) + 2)[::-1]
-        if figure_name == "accuracy":
+        if metric_name == "accuracy":
             axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     elif values[0] > 0 and values[-1] > 30 * np.median(values):
         edges = np.geomspace(values[0], values[-1] * 1.001, 41)
@@ -46,27 +46,27 @@ def draw_histogram(axes: Axes, values: Any, figure_name: str) -> None:
     else:
         edges = np.linspace(0, values[-1] * 1.001 or 1.0, 41)
     axes.hist(values, edges, color=MAIN, rwidth=0.92)
-    marked = f"worst tenth: mean {_text(float(worst.mean()), figure_name)}"
+    marked = f"worst tenth: mean {_text(float(worst.mean()), metric_name)}"
     axes.hist(worst, edges, color=ACCENT, rwidth=0.92, label=marked)
-    interval = f"mean {headline_text(figure_name, float(mean), float(half))}"
+    interval = f"mean {headline_text(metric_name, float(mean), float(half))}"
     axes.axvline(float(mean), color=INK, lw=1.2, ls=(0, (4, 2)), label=interval)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel(f"{FIGURE_NAMES.get(figure_name, figure_name)} of a task")
+    axes.set_xlabel(f"{METRIC_NAMES.get(metric_name, metric_name)} of a task")
     axes.set_ylabel("tasks")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend(loc="upper left" if low_is_worse else "upper right")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.25)  # room for the legend
 
 
-def _text(value: float, figure_name: str) -> str:
-    return f"{100 * value:.2f} %" if figure_name == "accuracy" else f"{value:.3g}"
+def _text(value: float, metric_name: str) -> str:
+    return f"{100 * value:.2f} %" if metric_name == "accuracy" else f"{value:.3g}"
 
 
 @styled
-def histogram(values: Any, figure_name: str, title: str = "Meta-test tasks") -> Figure:
+def histogram(values: Any, metric_name: str, title: str = "Meta-test tasks") -> Figure:
     """Tasks by their figure; arguments as ``draw_histogram``."""
     figure, axes = single()
-    draw_histogram(axes, values, figure_name)
+    draw_histogram(axes, values, metric_name)
     axes.set_title(title)
     return figure
 
@@ -107,7 +107,7 @@ def comparison(learners: Sequence[dict[str, Any]], differences: Sequence[dict[st
         learners, differences: as comparison.json has them.
         over: what they were tested on.
     """
-    names = list(dict.fromkeys(name for learner in learners for name in learner["figures"]))
+    names = list(dict.fromkeys(name for learner in learners for name in learner["metrics"]))
     lines = max(len(learners), len(differences))
     height = 0.75 + 0.26 * lines
     figure = Figure(figsize=(10.4, 0.5 + height * len(names)), layout="constrained")
@@ -115,11 +115,11 @@ def comparison(learners: Sequence[dict[str, Any]], differences: Sequence[dict[st
     short = [shorten(learner["learner"]) for learner in learners]
     for row, name in zip(panels, names, strict=True):
         share = name in SHARES
-        title = FIGURE_NAMES.get(name, name)
-        _dots(row[0], [learner["figures"].get(name) for learner in learners], short, share, CLASSES)
+        title = METRIC_NAMES.get(name, name)
+        _dots(row[0], [learner["metrics"].get(name) for learner in learners], short, share, CLASSES)
         pairs = [f"{shorten(d['learner'], 18)} \N{MINUS SIGN} {shorten(d['minus'], 18)}" for d in differences]
         row[1].axvline(0, color=INK, lw=1, ls=(0, (4, 2)))
-        _dots(row[1], [d["figures"].get(name) for d in differences], pairs, share, (INK,))
+        _dots(row[1], [d["metrics"].get(name) for d in differences], pairs, share, (INK,))
         row[0].set_title(title)
         row[1].set_title("paired difference")
     figure.suptitle(f"{over}: mean and 95 % interval", x=0.01, ha="left", fontsize=12)

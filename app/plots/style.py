@@ -97,7 +97,7 @@ def shorten(name: str, length: int = 24) -> str:
 
 
 FIT_STEPS = (0, 1, 5, 10)  # whose predictive intervals are drawn, and the last one's
-FIGURE_NAMES = {
+METRIC_NAMES = {
     "accuracy": "query accuracy",
     "mse": "query MSE",
     "nll": "query NLL (nats)",
@@ -106,9 +106,9 @@ FIGURE_NAMES = {
     "coverage": "coverage of the 95 % interval",
     "coverage_error": "error of the coverage",
     "width": "width of the 95 % interval",
-    "inside_entropy": "entropy, classes of the task (nats)",
-    "outside_entropy": "entropy, other classes (nats)",
-    "outside_auroc": "AUROC of other classes",
+    "known_entropy": "entropy, classes of the task (nats)",
+    "unknown_entropy": "entropy, other classes (nats)",
+    "open_set_auroc": "AUROC of other classes",
     "return": "return over the trial",
     "first_episode": "return of the first episode",
     "last_episode": "return of the last episode",

@@ -21,7 +21,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         folder: of the checkpoints.
-        monitor, mode: the figure that counts and whether "max" or "min" is better.
+        monitor, mode: the metric that counts and whether "max" or "min" is better.
     """
 
     def __init__(self, folder: Path, monitor: str, mode: str) -> None:

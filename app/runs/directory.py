@@ -10,7 +10,7 @@ from datamodules.core.errors import ConfigError
 from models.core.checkpoint_io import CHECKPOINTS
 
 EVALUATIONS = "evaluations"  # folder of a run
-TASKS_CSV, TASKS_NPZ = "test_tasks.csv", "test_tasks.npz"  # the figures of every meta-test task, to read and to compare
+TASKS_CSV, TASKS_NPZ = "test_tasks.csv", "test_tasks.npz"  # the metrics of every meta-test task, to read and to compare
 
 
 def _versions(runs: Path, name: str) -> list[Path]:

@@ -22,7 +22,7 @@ from datamodules.core.episodes import Episodes
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS
-from models.core.metrics import TaskFigures
+from models.core.metrics import TaskMetrics
 
 # What of the data makes its tasks, and which option of an evaluation changes it.
 SETTINGS = {"data": "--data", "ways": "--ways", "shots": "--shots", "queries": "--queries", "seed": "--seed"}
@@ -41,8 +41,8 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def about(data: EpisodicDataModule, algorithm: str, metric: TaskFigures) -> dict[str, Any]:
-    """What is kept of a test beside its figures: what tells whether another one was on the same tasks.
+def about(data: EpisodicDataModule, algorithm: str, metric: TaskMetrics) -> dict[str, Any]:
+    """What is kept of a test beside its metrics: what tells whether another one was on the same tasks.
 
     The facts of the tasks are numbers of classes and of images, so it takes the names of the classes, and what the
     first task's images look like, to know that they number the same.
@@ -58,20 +58,20 @@ def about(data: EpisodicDataModule, algorithm: str, metric: TaskFigures) -> dict
         "tasks": len(metric.all_tasks["index"]),
         "classes": None if names is None else _digest(*map(os.fsencode, names)),
         "images": _digest(*images) if images else None,
-        "figures": metric.names,
+        "metrics": metric.names,
         "facts": metric.facts,
-        "beside": list(metric.beside),
+        "subset": list(metric.subset),
     }
 
 
-def save_tasks(path: Path, data: EpisodicDataModule, algorithm: str, metric: TaskFigures) -> None:
-    """Write a test's figures of every task, atomically.
+def save_tasks(path: Path, data: EpisodicDataModule, algorithm: str, metric: TaskMetrics) -> None:
+    """Write a test's metrics of every task, atomically.
 
     Raises:
         OSError: it cannot be written.
     """
     content = io.BytesIO()
-    arrays = {name: values.cpu().numpy() for name, values in (metric.all_tasks | metric.beside).items()}
+    arrays = {name: values.cpu().numpy() for name, values in (metric.all_tasks | metric.subset).items()}
     np.savez_compressed(content, **arrays, about=np.array(json.dumps(about(data, algorithm, metric))))
     write_atomically(path, content.getvalue())
 
@@ -83,13 +83,13 @@ class Evaluation:
     Attributes:
         folder: that it was left in.
         about: see ``about``.
-        figures: of each task, name to (T, …); those of the first tasks alone are shorter.
+        metrics: of each task, name to (T, …); those of the first tasks alone are shorter.
         facts: of each task, name to (T, …); its number is ``index``.
     """
 
     folder: Path
     about: dict[str, Any]
-    figures: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     facts: dict[str, Tensor]
 
     @classmethod
@@ -107,7 +107,7 @@ class Evaluation:
             with np.load(path, allow_pickle=False) as content:
                 told = json.loads(str(content["about"]))
                 arrays = {name: torch.from_numpy(content[name]) for name in content.files if name != "about"}
-            measured = {name: arrays[name] for name in (*told["figures"], *told["beside"])}
+            measured = {name: arrays[name] for name in (*told["metrics"], *told["subset"])}
             return cls(folder, told, measured, {name: arrays[name] for name in ("index", *told["facts"])})
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}): test again") from error

@@ -1,4 +1,4 @@
-"""metrics.csv: every logged figure of a run, one row per step, kept through resumes."""
+"""metrics.csv: every logged metric of a run, one row per step, kept through resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One bar for the whole meta-training: steps, tasks per second, time left, the latest figures."""
+"""One bar for the whole meta-training: steps, tasks per second, time left, the latest metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TaskProgress(ProgressBar):
     """A live bar on a terminal; elsewhere a line every ``quiet_seconds``.
 
     Args:
-        headline: the figure shown, "accuracy", "mse" or "return".
+        headline: the metric shown, "accuracy", "mse" or "return".
         quiet_seconds: seconds between lines where the output is not a terminal.
     """
 
@@ -123,7 +123,7 @@ class TaskProgress(ProgressBar):
 
 
 def headline_text(name: str, value: float, half: float, signed: bool = False) -> str:
-    """A figure with its interval as people read it: a share in per cent, anything else as it is."""
+    """A metric with its interval as people read it: a share in per cent, anything else as it is."""
     sign = "+" if signed else ""
     if name in SHARES:
         return f"{100 * value:{sign}.2f} ± {100 * half:.2f} %"

@@ -1,4 +1,4 @@
-"""What a test leaves behind: results.json, a table in the terminal, a figure."""
+"""What a test leaves behind: results.json, a table in the terminal, a metric."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def results(learner: MetaLearner, data: LightningDataModule, facts: dict[str, An
     """Everything that a test measured and what it was measured on, ready for JSON.
 
     Args:
-        learner: after its test; its per-task figures are aggregated here.
+        learner: after its test; its per-task metrics are aggregated here.
         data: what it was tested on.
         facts: added as they are: seed, checkpoint, command.
     """
-    figures = learner.task_figures("test").everything()
-    tasks = int(figures.pop("tasks"))
+    metrics = learner.stage_metrics("test").everything()
+    tasks = int(metrics.pop("tasks"))
     shape = {n: getattr(data, n) for n in ("ways", "shots", "queries", "episodes") if hasattr(data, n)}
     return {
         "algorithm": type(learner).__name__,
         "data": type(data).__name__,
         **shape,
         "tasks": tasks,
-        "figures": {n: _figure(figures, n) for n in figures if not n.endswith(("_ci95", "_worst_decile", "_tasks"))},
+        "metrics": {n: _metric(metrics, n) for n in metrics if not n.endswith(("_ci95", "_worst_decile", "_tasks"))},
         "transductive": learner.transductive,
         "batch_norm": learner.batch_norm if any(isinstance(m, BatchNorm) for m in learner.modules()) else None,
         **facts,
@@ -60,10 +60,10 @@ def results(learner: MetaLearner, data: LightningDataModule, facts: dict[str, An
     }
 
 
-def _figure(figures: dict[str, float], name: str) -> dict[str, float | None]:
+def _metric(metrics: dict[str, float], name: str) -> dict[str, float | None]:
     keys = {"mean": name, "ci95": f"{name}_ci95", "worst_decile": f"{name}_worst_decile"}
-    values = {short: figures[key] for short, key in keys.items() if key in figures}
-    of_fewer = {"tasks": int(figures[f"{name}_tasks"])} if f"{name}_tasks" in figures else {}
+    values = {short: metrics[key] for short, key in keys.items() if key in metrics}
+    of_fewer = {"tasks": int(metrics[f"{name}_tasks"])} if f"{name}_tasks" in metrics else {}
     return {k: None if math.isnan(v) else v for k, v in values.items()} | of_fewer
 
 
@@ -73,7 +73,7 @@ def write_results(content: dict[str, Any], path: Path) -> None:
 
 
 def print_results(content: dict[str, Any], folder: Path, hints: list[str], console: Console | None = None) -> None:
-    """The closing table: figures with their intervals, where the run is, how to look at it."""
+    """The closing table: metrics with their intervals, where the run is, how to look at it."""
     console = console or Console()
     what = f"{content['algorithm']} on {content['data']}"
     if "shots" in content:
@@ -81,12 +81,12 @@ def print_results(content: dict[str, Any], folder: Path, hints: list[str], conso
     if "episodes" in content:
         what += f", {content['episodes']} episodes"
     table = Table(title=f"{what}: {content['tasks']:,} meta-test tasks", title_justify="left")
-    for column in ("figure", "mean ± 95 % interval", "worst decile"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
-    for name, figure in content["figures"].items():
-        mean, half = (float("nan") if (v := figure.get(k)) is None else v for k in ("mean", "ci95"))
-        worst = figure.get("worst_decile")
-        fewer = f", first {figure['tasks']:,}" if figure.get("tasks", content["tasks"]) != content["tasks"] else ""
+    for column in ("metric", "mean ± 95 % interval", "worst decile"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, metric in content["metrics"].items():
+        mean, half = (float("nan") if (v := metric.get(k)) is None else v for k in ("mean", "ci95"))
+        worst = metric.get("worst_decile")
+        fewer = f", first {metric['tasks']:,}" if metric.get("tasks", content["tasks"]) != content["tasks"] else ""
         table.add_row(
             name + fewer,
             headline_text(name, mean, half),

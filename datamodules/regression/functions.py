@@ -315,7 +315,7 @@ class FourFamily(RegressionDataModule):
     def __init__(
         self,
         families: Sequence[Family] = FAMILIES,
-        # The released code, which the published figures are of, adds it to the sine; inside is what a phase is.
+        # The released code, which the published results are of, adds it to the sine; inside is what a phase is.
         phase: Literal["outside", "inside"] = "outside",
         noise: float = 0.0,
         **common: Any,

@@ -156,4 +156,4 @@ class WeightGenerator(MetaLearner):
         prediction = self.predictive(query_x, *self.generate(x, task.support, q))
         divergence = kl_divergence(q, Normal(0.0, 1.0)).sum() if self.stochastic else q.mean.new_zeros(())
         loss = self.loss(prediction, task.query_y) + self.kl_weight * divergence / len(task.query_y)
-        return loss, prediction, {"figures": {"kl": divergence.detach()}}
+        return loss, prediction, {"metrics": {"kl": divergence.detach()}}

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import ConfigError
-from models.core.metrics import FINGERPRINT, TaskFigures, classification_figures, regression_figures
+from models.core.metrics import FINGERPRINT, TaskMetrics, classification_metrics, regression_metrics
 from models.core.predictions import Mixture, Prediction
 from models.core.task_map import map_tasks
 from models.networks.batch_norm import BatchNorm, BatchNormMode, Statistics, recording
@@ -67,7 +67,7 @@ class MetaLearner(pl.LightningModule):
         self.scheduler = scheduler
         self.batch_norm: BatchNormMode = batch_norm
         self.chunk = chunk
-        self.figures = torch.nn.ModuleDict({f"{stage}_tasks": TaskFigures() for stage in ("train", "val", "test")})
+        self.metrics = torch.nn.ModuleDict({f"{stage}_tasks": TaskMetrics() for stage in ("train", "val", "test")})
 
     # What an algorithm overrides ------------------------------------------------------------------------------------
 
@@ -86,17 +86,18 @@ class MetaLearner(pl.LightningModule):
     def objective(self, task: Task) -> tuple[Any, ...]:
         """One task's part of the meta-objective, a scalar, and the predictions it was measured on.
 
-        A third value, a dictionary of tensors, is what the task leaves to the learner beyond its gradient: ``keep``
-        gets its mean over the meta-batch. Under "figures" it may hold a dictionary of scalars to report of the task.
+        A third value, a dictionary of tensors, is what the task leaves to the learner beyond its gradient:
+        ``update_from_tasks`` gets its mean over the meta-batch. Under "metrics" it may hold a dictionary of scalars to
+        report of the task.
         """
         prediction = self.predict(self.adapt(task.support), task.query_x)
         return self.loss(prediction, task.query_y), prediction
 
-    def traits(self, batch: Episodes) -> dict[str, Tensor]:
-        """Figures of each task, (T, …), that evaluation has beside those of its predictions."""
+    def task_metrics(self, batch: Episodes) -> dict[str, Tensor]:
+        """Metrics of each task, (T, …), that evaluation has beside those of its predictions."""
         return {}
 
-    def keep(self, values: dict[str, Any]) -> None:
+    def update_from_tasks(self, values: dict[str, Any]) -> None:
         """Take what the tasks of a meta-batch left, averaged over them and over all processes."""
         raise NotImplementedError
 
@@ -136,11 +137,11 @@ class MetaLearner(pl.LightningModule):
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
-        """Figures of each task from predictions (T, Q, …) and targets (T, Q, …)."""
+        """Metrics of each task from predictions (T, Q, …) and targets (T, Q, …)."""
         with torch.autocast(target.device.type, enabled=False):  # what is measured is not to be rounded, whatever was
             if isinstance(prediction, Mixture) or target.is_floating_point():
-                return regression_figures(prediction, target, width=not self.training)
-            return classification_figures(prediction, target)
+                return regression_metrics(prediction, target, width=not self.training)
+            return classification_metrics(prediction, target)
 
     def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
         def recorded(task: Task) -> tuple[Tensor, Tensor, dict[str, Any], Statistics]:
@@ -153,16 +154,16 @@ class MetaLearner(pl.LightningModule):
         with torch.no_grad():
             for (layer, step), of_tasks in self._mean_over_tasks(statistics, batch.meta_batch).items():
                 layer.update_running(*of_tasks, step=step)
-            figures = {"loss": loss, **self.per_task(prediction, batch.query_y), **kept.pop("figures", {})}
+            metrics = {"loss": loss, **self.per_task(prediction, batch.query_y), **kept.pop("metrics", {})}
             if kept:
-                self.keep(self._mean_over_tasks(kept, batch.meta_batch))
-            self.task_figures("train").update(batch.index, figures)
+                self.update_from_tasks(self._mean_over_tasks(kept, batch.meta_batch))
+            self.stage_metrics("train").update(batch.index, metrics)
         # Processes may hold unequal shares; DDP averages over processes, the meta-objective is a mean over tasks.
         return loss.sum() * (self.trainer.world_size / batch.meta_batch)
 
-    def task_figures(self, stage: str) -> TaskFigures:
-        """The figures of "train", "val" or "test" tasks collected so far."""
-        return cast(TaskFigures, self.figures[f"{stage}_tasks"])
+    def stage_metrics(self, stage: str) -> TaskMetrics:
+        """The metrics of "train", "val" or "test" tasks collected so far."""
+        return cast(TaskMetrics, self.metrics[f"{stage}_tasks"])
 
     def predictions(self, batch: Episodes) -> Any:
         """Predictions (T, Q, …) for the queries of every task, in evaluation."""
@@ -171,8 +172,8 @@ class MetaLearner(pl.LightningModule):
     def evaluation_step(self, batch: Episodes, stage: str) -> None:
         prediction = self.predictions(batch)
         facts = batch.task | {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
-        figures = self.per_task(prediction, batch.query_y) | self.traits(batch)
-        self.task_figures(stage).update(batch.index, figures, facts)
+        metrics = self.per_task(prediction, batch.query_y) | self.task_metrics(batch)
+        self.stage_metrics(stage).update(batch.index, metrics, facts)
 
     def validation_step(self, batch: Episodes, batch_idx: int) -> None:
         self.evaluation_step(batch, "val")
@@ -191,12 +192,12 @@ class MetaLearner(pl.LightningModule):
         trainer = getattr(self, "_trainer", None)
         return 0 if trainer is None else trainer.global_step
 
-    def log_figures(self, stage: str) -> None:
+    def log_stage(self, stage: str) -> None:
         """Log what a stage's tasks came to, and forget them."""
-        figures = {f"{stage}/{name}": value for name, value in self.task_figures(stage).compute().items()}
+        metrics = {f"{stage}/{name}": value for name, value in self.stage_metrics(stage).compute().items()}
         # Equal on every process already; sync_dist only tells Lightning so.
-        self.log_dict({**figures, "tasks_seen": float(self.tasks_seen)}, sync_dist=stage != "train")
-        self.task_figures(stage).reset()
+        self.log_dict({**metrics, "tasks_seen": float(self.tasks_seen)}, sync_dist=stage != "train")
+        self.stage_metrics(stage).reset()
 
     def on_train_batch_start(self, batch: Episodes, batch_idx: int) -> None:
         # What a step draws (dropout, latent samples) is a function of seed, step and process: resume is exact.
@@ -205,17 +206,17 @@ class MetaLearner(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Episodes, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
-            self.log_figures("train")
+            self.log_stage("train")
 
     def on_validation_epoch_end(self) -> None:
-        self.log_figures("val")
+        self.log_stage("val")
 
     def on_test_epoch_start(self) -> None:
-        self.task_figures("test").reset()
+        self.stage_metrics("test").reset()
 
     def on_test_epoch_end(self) -> None:
-        figures = self.task_figures("test").compute()
-        self.log_dict({f"test/{name}": value for name, value in figures.items()}, sync_dist=True)
+        metrics = self.stage_metrics("test").compute()
+        self.log_dict({f"test/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]

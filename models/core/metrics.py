@@ -1,4 +1,4 @@
-"""Figures per task first, then aggregated: mean, 95 % interval over tasks, worst decile, calibration."""
+"""Metrics per task first, then aggregated: mean, 95 % interval over tasks, worst decile, calibration."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ECE_BINS = 15
 LEVELS = 20  # of predictive intervals: 5 %, 10 %, … 100 %
 INTERVAL = 0.95  # the probability of the predictive interval whose coverage and width are told
 HEADLINES = {"classification": ("accuracy", "max"), "regression": ("mse", "min"), "reinforcement": ("return", "max")}
-"""By kind of task, the figure that selects the best checkpoint, and whether "max" or "min" is better."""
+"""By kind of task, the metric that selects the best checkpoint, and whether "max" or "min" is better."""
 
 
-def classification_figures(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """What is kept of one task.
 
     Args:
@@ -40,7 +40,7 @@ def classification_figures(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     return {"accuracy": correct.mean(-1), "nll": nll, "bins": bins}
 
 
-def regression_figures(prediction: Prediction, target: Tensor, width: bool = True) -> dict[str, Tensor]:
+def regression_metrics(prediction: Prediction, target: Tensor, width: bool = True) -> dict[str, Tensor]:
     """What is kept of one task; of a distribution more than of a value.
 
     Args:
@@ -61,7 +61,7 @@ def regression_figures(prediction: Prediction, target: Tensor, width: bool = Tru
     # The central interval of probability p holds what the distribution function puts within p / 2 of one half.
     central = (2 * prediction.cdf(target) - 1).abs().nan_to_num(1.0)  # a learner that diverged covers nothing
     level_of = (central * LEVELS).ceil().long().clamp(1, LEVELS) - 1
-    figures = {
+    metrics = {
         "mse": _squared_error(prediction.mean.mean(-3), target),
         "nll": -prediction.log_prob(target).flatten(-2).mean(-1),
         "coverage": (central <= INTERVAL).float().flatten(-2).mean(-1),
@@ -69,8 +69,8 @@ def regression_figures(prediction: Prediction, target: Tensor, width: bool = Tru
     }
     if width:
         low, high = prediction.central(INTERVAL)
-        figures["width"] = (high - low).flatten(-2).mean(-1)
-    return figures
+        metrics["width"] = (high - low).flatten(-2).mean(-1)
+    return metrics
 
 
 def _squared_error(value: Tensor, target: Tensor) -> Tensor:
@@ -117,14 +117,14 @@ POOLED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "families": ("nmi", mutual_information),
     "of_optimum": ("normalised_return", lambda sums: sums[..., 0] / sums[..., 1]),
 }
-"""What is pooled over the tasks before it makes a figure: by the name of the counts, that figure."""
+"""What is pooled over the tasks before it makes a metric: by the name of the counts, that metric."""
 CURVES = frozenset({"returns"})
-"""Names of what each task has several of, in order: kept for pictures, and no figure by itself."""
+"""Names of what each task has several of, in order: kept for pictures, and no metric by itself."""
 LOWER_IS_BETTER = frozenset({"regret", "mse", "nll", "loss", "inner_gradient", "reconstruction"})
 """Names whose worst decile is the highest."""
 NEITHER_IS_BETTER = frozenset(
     {
-        *("coverage", "width", "inside_entropy", "outside_entropy", "assignment_entropy"),
+        *("coverage", "width", "known_entropy", "unknown_entropy", "assignment_entropy"),
         *("real_loss", "fake_loss", "generator_loss", "kl"),
         *("q_loss", "v_loss", "policy_loss"),
     }
@@ -134,13 +134,13 @@ FINGERPRINT = "fingerprint"
 """Among the facts of a task, the number to know it again by."""
 
 
-def aggregate(figures: dict[str, Tensor]) -> dict[str, float]:
-    """Figures over tasks, from those of each task (T, …).
+def aggregate(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Metrics over tasks, from those of each task (T, …).
 
     For each name its mean, ``…_ci95`` and ``…_worst_decile``; what is pooled, as ``ece``, with its interval.
     """
     result: dict[str, float] = {}
-    for name, values in figures.items():
+    for name, values in metrics.items():
         if name in CURVES:
             continue
         if name in POOLED:
@@ -155,12 +155,12 @@ def aggregate(figures: dict[str, Tensor]) -> dict[str, float]:
     return result
 
 
-class TaskFigures(Metric):
-    """Collects the figures of every task; ``compute`` aggregates them over unique tasks of all processes.
+class TaskMetrics(Metric):
+    """Collects the metrics of every task; ``compute`` aggregates them over unique tasks of all processes.
 
     Attributes:
         all_tasks: the table over all processes, once ``compute`` has run.
-        beside: figures of some tasks alone, (N,), which the first process measured and has.
+        subset: metrics of some tasks alone, (N,), which the first process measured and has.
     """
 
     index: list[Tensor]
@@ -171,12 +171,12 @@ class TaskFigures(Metric):
         self.names: list[str] = []
         self.facts: list[str] = []
         self.all_tasks: dict[str, Tensor] = {}
-        self.beside: dict[str, Tensor] = {}
+        self.subset: dict[str, Tensor] = {}
         self.add_state("index", default=[], dist_reduce_fx="cat")
 
-    def update(self, index: Tensor, figures: dict[str, Tensor], facts: dict[str, Tensor] | None = None) -> None:
-        """Add tasks: their numbers (T,), their figures and what else is to be kept of them, each (T, …)."""
-        for names, values in ((self.names, figures), (self.facts, facts or {})):
+    def update(self, index: Tensor, metrics: dict[str, Tensor], facts: dict[str, Tensor] | None = None) -> None:
+        """Add tasks: their numbers (T,), their metrics and what else is to be kept of them, each (T, …)."""
+        for names, values in ((self.names, metrics), (self.facts, facts or {})):
             for name, value in values.items():
                 if name not in names:
                     names.append(name)
@@ -187,25 +187,25 @@ class TaskFigures(Metric):
 
     def reset(self) -> None:
         super().reset()
-        self.beside = {}
+        self.subset = {}
 
     def table(self) -> dict[str, Tensor]:
-        """Per-task figures in the order of the tasks' numbers, each task once: name to (T, …), on the CPU."""
+        """Per-task metrics in the order of the tasks' numbers, each task once: name to (T, …), on the CPU."""
         index, first = _first_of_each(dim_zero_cat(self.index))
         names = [*self.names, *self.facts]
         return {"index": index.cpu()} | {n: dim_zero_cat(getattr(self, f"task_{n}"))[first].cpu() for n in names}
 
     def compute(self) -> dict[str, float]:
-        """Figures over tasks, as ``aggregate`` has them, and the number of ``tasks``."""
+        """Metrics over tasks, as ``aggregate`` has them, and the number of ``tasks``."""
         # Here the states of all processes are together; the table of each alone is not whole.
         self.all_tasks = self.table()
         of_tasks = {name: self.all_tasks[name] for name in self.names}
         return {"tasks": float(len(self.all_tasks["index"])), **aggregate(of_tasks)}
 
     def everything(self) -> dict[str, float]:
-        """``compute``, and the figures ``beside`` it, each with its number of tasks, ``…_tasks``."""
-        sizes = {f"{name}_tasks": float(len(values)) for name, values in self.beside.items()}
-        return self.compute() | aggregate(self.beside) | sizes
+        """``compute``, and the metrics of a ``subset``, each with its number of tasks, ``…_tasks``."""
+        sizes = {f"{name}_tasks": float(len(values)) for name, values in self.subset.items()}
+        return self.compute() | aggregate(self.subset) | sizes
 
 
 def _first_of_each(index: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,13 +218,13 @@ def _first_of_each(index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resampled(counts: Tensor, pooled: Callable[[Tensor], Tensor], resamples: int = 200) -> Tensor:
-    """A pooled figure of so many resamples of the tasks, drawn with replacement; not a number of less than two tasks.
+    """A pooled metric of so many resamples of the tasks, drawn with replacement; not a number of less than two tasks.
 
     As many tasks are always resampled alike: what two learners have on the same resample is paired.
 
     Args:
         counts: of each task, (T, …).
-        pooled: the figure of counts summed over tasks.
+        pooled: the metric of counts summed over tasks.
         resamples: their number.
     """
     tasks = len(counts)

@@ -194,8 +194,8 @@ class Adversary(nn.Module):
         terms, prediction = self.discriminator_terms(logits, task, fakes.detach())
         generator_loss = self.generator_loss(logits, fakes)
         loss = self.discriminator_loss(terms) + generator_loss + self.gan.kl_weight * divergence
-        figures = terms | {"generator_loss": generator_loss, "kl": divergence}
-        return loss, prediction, {"figures": {name: value.detach() for name, value in figures.items()}}
+        metrics = terms | {"generator_loss": generator_loss, "kl": divergence}
+        return loss, prediction, {"metrics": {name: value.detach() for name, value in metrics.items()}}
 
 
 def promoted(logits: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class IMAML(GradientLearner):
     its solution φ* implicitly (lemma 1): memory and the meta-gradient do not grow with the inner steps.
 
     All gradients follow from v = (H + λI)⁻¹ ∇L_query(φ*), H the Hessian of the support loss at φ*, found by conjugate
-    gradients: λv by θ, -⟨φ* - θ, v⟩ by λ. They hold as far as ∇G(φ*) is 0, so its norm is among the training figures.
+    gradients: λv by θ, -⟨φ* - θ, v⟩ by λ. They hold as far as ∇G(φ*) is 0, so its norm is among the training metrics.
 
     Args:
         backbone: the base learner without its head.
@@ -180,4 +180,4 @@ class IMAML(GradientLearner):
         loss = self.loss(prediction, task.query_y)
         norm = inner_product(gradient, gradient).detach().sqrt()
         surrogate = loss - inner_product(gradient, v)
-        return with_gradient(loss, surrogate), prediction, {"figures": {"inner_gradient": norm}}
+        return with_gradient(loss, surrogate), prediction, {"metrics": {"inner_gradient": norm}}

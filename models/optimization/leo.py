@@ -205,8 +205,8 @@ class LEO(MetaLearner):
         divergence = kl_divergence(q, Normal(0.0, 1.0)).mean() if self.stochastic else z.new_zeros(())
         moved = (z_adapted.detach() - z).square().mean()
         loss = self.loss(prediction, task.query_y) + self.kl_weight * divergence + self.encoder_penalty * moved
-        figures = {"kl": divergence.detach(), "encoder_penalty": moved.detach()}
-        return loss + self.penalty(), prediction, {"figures": figures}
+        metrics = {"kl": divergence.detach(), "encoder_penalty": moved.detach()}
+        return loss + self.penalty(), prediction, {"metrics": metrics}
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

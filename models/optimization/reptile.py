@@ -33,7 +33,7 @@ class Reptile(MetaLearner):
     """Trains on each task by mini-batches and moves the initialisation towards the result: θ + ε mean(φ - θ) (alg. 2).
 
     Training tasks have more shots than test tasks (``data.train_shots``). The outer step ε is the meta-optimizer's
-    rate, SGD's from 1 falling linearly to 0 in the paper. The published figures without transduction are those of
+    rate, SGD's from 1 falling linearly to 0 in the paper. The published results without transduction are those of
     ``batch_norm`` "per_query", those with it of "transductive".
 
     Args:
@@ -143,7 +143,7 @@ class Reptile(MetaLearner):
         loss = with_gradient(self.loss(prediction, task.query_y), torch.stack(toward).sum())
         return loss, prediction, moments
 
-    def keep(self, values: dict[str, Any]) -> None:
+    def update_from_tasks(self, values: dict[str, Any]) -> None:
         # The reference code goes through the tasks one by one, each from the moments of the one before. Here they go
         # side by side from the same, and leave their mean.
         for name, moment in values.items():

@@ -37,7 +37,7 @@ class ReinforcementLearner(MetaLearner):
         """What the learner has of each task for a latent, after a trial, (T, L), to be looked at; None without."""
         return None
 
-    def misfit(self, environment: Environment) -> str | None:
+    def check(self, environment: Environment) -> str | None:
         """Why the learner cannot act in this environment, and the cure; None if it can."""
         wanted = {
             "observations": environment.seen_size,
@@ -52,23 +52,23 @@ class ReinforcementLearner(MetaLearner):
                 )
         return None
 
-    def trial_figures(self, batch: Environments, trial: Trial) -> dict[str, Tensor]:
-        """Figures of each task: its returns, and how they compare with the best policy's where that is known."""
-        return self.return_figures(batch, trial.returns(len(trial.reward) // batch.environment.horizon))
+    def trial_metrics(self, batch: Environments, trial: Trial) -> dict[str, Tensor]:
+        """Metrics of each task: its returns, and how they compare with the best policy's where that is known."""
+        return self.return_metrics(batch, trial.returns(len(trial.reward) // batch.environment.horizon))
 
-    def return_figures(self, batch: Environments, returns: Tensor) -> dict[str, Tensor]:
-        """Figures of each task, from the returns of its episodes in order, (T, episodes)."""
+    def return_metrics(self, batch: Environments, returns: Tensor) -> dict[str, Tensor]:
+        """Metrics of each task, from the returns of its episodes in order, (T, episodes)."""
         episodes, total = returns.shape[1], returns.sum(1)
-        figures = {"return": total, "first_episode": returns[:, 0], "last_episode": returns[:, -1], "returns": returns}
+        metrics = {"return": total, "first_episode": returns[:, 0], "last_episode": returns[:, -1], "returns": returns}
         optimum = batch.environment.optimum(batch.task)
         if optimum is not None:
-            figures["regret"] = episodes * optimum - total
-            figures["of_optimum"] = torch.stack([total, episodes * optimum], 1)
-        return figures
+            metrics["regret"] = episodes * optimum - total
+            metrics["of_optimum"] = torch.stack([total, episodes * optimum], 1)
+        return metrics
 
-    def evaluation_figures(self, batch: Environments) -> dict[str, Tensor]:
-        """Figures of each task, (T, …), of a trial in it."""
-        return self.trial_figures(batch, run_trial(batch, self.agent()))
+    def evaluation_metrics(self, batch: Environments) -> dict[str, Tensor]:
+        """Metrics of each task, (T, …), of a trial in it."""
+        return self.trial_metrics(batch, run_trial(batch, self.agent()))
 
     def last_step(self) -> None:
         """The last of several steps of the optimizer that a learner takes by itself in a meta-update.
@@ -81,4 +81,4 @@ class ReinforcementLearner(MetaLearner):
 
     def evaluation_step(self, batch: Environments, stage: str) -> None:
         facts = {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
-        self.task_figures(stage).update(batch.index, self.evaluation_figures(batch), facts)
+        self.stage_metrics(stage).update(batch.index, self.evaluation_metrics(batch), facts)

@@ -209,7 +209,7 @@ class MAMLPolicy(ReinforcementLearner):
         """K episodes of each task by policies of its own, parameters (T, …), and their undiscounted returns, (T, K)."""
         agent = TaskAgent(self, parameters)
         trial = run_trial(batch.repeated(self.rollouts), agent, episodes=1, purpose=purpose)
-        of_tasks = (trial.seen.observation, trial.action, trial.told, trial.reward)
+        of_tasks = (trial.seen.observation, trial.action, trial.extras, trial.reward)
         observation, action, old, reward = tree_map(lambda t: t.unflatten(1, (len(batch), -1)), of_tasks)
         returns = generalized_advantages(reward, torch.zeros_like(reward), self.discount, 1.0)
         values = linear_baseline(observation, returns)
@@ -273,9 +273,9 @@ class MAMLPolicy(ReinforcementLearner):
         else:
             self.trust_region_step(batch, path)
         self.last_step()
-        figures = self.return_figures(batch, torch.stack([r.mean(1) for r in returns], 1))
-        figures["entropy"] = path[0].old.entropy().mean((1, 2))
-        self.task_figures("train").update(batch.index, figures)
+        metrics = self.return_metrics(batch, torch.stack([r.mean(1) for r in returns], 1))
+        metrics["entropy"] = path[0].old.entropy().mean((1, 2))
+        self.stage_metrics("train").update(batch.index, metrics)
 
     def all_losses(self, parameters: Parameters, path: tuple[Rollouts, ...]) -> tuple[Tensor, Tensor]:
         """``losses`` of all tasks from the same parameters, (T,) each."""
@@ -314,6 +314,6 @@ class MAMLPolicy(ReinforcementLearner):
             for name, p in self.policy.named_parameters():
                 p.copy_(moved[name])
 
-    def evaluation_figures(self, batch: Environments) -> dict[str, Tensor]:
+    def evaluation_metrics(self, batch: Environments) -> dict[str, Tensor]:
         returns = torch.stack([r.mean(1) for _, r in self.blocks(batch, batch.episodes - 1)], 1)
-        return self.return_figures(batch, returns)
+        return self.return_metrics(batch, returns)

@@ -128,10 +128,10 @@ class PEARL(OffPolicyLearner):
         parts = (trial.seen.observation, trial.action, trial.reward, trial.shaped, trial.reached)
         return self.infer(Transitions(*(part.transpose(0, 1) for part in parts))).mean
 
-    def misfit(self, environment: Environment) -> str | None:
+    def check(self, environment: Environment) -> str | None:
         if environment.discrete:
             return "PEARL acts by continuous numbers but the environment's actions are discrete: choose models.RL2"
-        return super().misfit(environment)
+        return super().check(environment)
 
     # Gradient steps -------------------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class PEARL(OffPolicyLearner):
         losses = self.losses(*self.drawn(batch))
         with torch.no_grad():
             names = {"q_loss": losses.critic, "v_loss": losses.value, "policy_loss": losses.policy, "kl": losses.kl}
-            self.task_figures("train").update(batch.index, names)
+            self.stage_metrics("train").update(batch.index, names)
         # The released code averages over tasks all but the KL.
         total = losses.critic + losses.value + losses.policy + self.kl_weight * batch.meta_batch * losses.kl
         return total.sum() * (self.trainer.world_size / batch.meta_batch)

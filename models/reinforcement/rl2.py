@@ -156,7 +156,7 @@ class RL2(ReinforcementLearner):
         unit = sum(self.discount**t for t in range(len(trial.reward)))
         values = unit * self.values(inputs)
         advantages = generalized_advantages(trial.reward, values, self.discount, self.decay)
-        return Rollout(inputs, trial.action, trial.reward, trial.told, advantages, (advantages + values) / unit)
+        return Rollout(inputs, trial.action, trial.reward, trial.extras, advantages, (advantages + values) / unit)
 
     def on_fit_start(self) -> None:
         processes, trials = self.trainer.world_size, cast(Any, self.trainer).datamodule.meta_batch_size
@@ -188,9 +188,9 @@ class RL2(ReinforcementLearner):
             kl = 0.0 if updates % self.minibatches == 0 else kl
         self.last_step()
         with torch.no_grad():
-            figures = self.trial_figures(batch, trial)
-            figures["entropy"] = trial.told.entropy().mean(0)
-            self.task_figures("train").update(batch.index, figures)
+            metrics = self.trial_metrics(batch, trial)
+            metrics["entropy"] = trial.extras.entropy().mean(0)
+            self.stage_metrics("train").update(batch.index, metrics)
 
     def losses(self, part: Rollout) -> tuple[Tensor, Tensor]:
         """What is minimised, and the divergence of the policy from the one that acted, nats: scalars."""

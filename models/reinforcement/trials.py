@@ -38,7 +38,7 @@ class Trial(NamedTuple):
         action: (steps, N), or (steps, N, actions) where continuous.
         reward, shaped: (steps, N).
         reached: the observation that each action led to, (steps, N, seen_size).
-        told: what the agent left of each step, each tensor (steps, N, …).
+        extras: what the agent left of each step, each tensor (steps, N, …).
     """
 
     seen: Seen
@@ -46,7 +46,7 @@ class Trial(NamedTuple):
     reward: Tensor
     shaped: Tensor
     reached: Tensor
-    told: Any
+    extras: Any
 
     def returns(self, episodes: int) -> Tensor:
         """Undiscounted returns of each episode, (N, episodes)."""
@@ -99,10 +99,10 @@ def run_trial(batch: Environments, agent: Agent, episodes: int | None = None, pu
             reward, done, reached = *observation.new_zeros(2, len(batch)), observation
         assert reward is not None and done is not None and reached is not None
         seen = Seen(observation, action, reward, done, reached)
-        memory, chosen, told = agent.act(memory, seen, choices[:, t])
+        memory, chosen, extras = agent.act(memory, seen, choices[:, t])
         state, reward, shaped = environment.step(task, state, chosen, moves[:, t])
         observation = environment.seen(task, state)
-        kept.append(Trial(seen, chosen, reward, shaped, observation, told))
+        kept.append(Trial(seen, chosen, reward, shaped, observation, extras))
         action = encode(chosen, environment.actions, environment.discrete).to(observation)
         done = torch.full_like(reward, float((t + 1) % environment.horizon == 0))
     return tree_map(lambda *parts: torch.stack(parts), *kept)

@@ -198,7 +198,7 @@ class HSML(GradientLearner):
 
         return self.map(of, episodes)
 
-    def traits(self, batch: Episodes) -> dict[str, Tensor]:
+    def task_metrics(self, batch: Episodes) -> dict[str, Tensor]:
         """Where the families of functions are known, each task's place in the table of families and clusters."""
         if "family" not in batch.task:
             return {}
@@ -213,12 +213,12 @@ class HSML(GradientLearner):
         prediction = self.predict(state, task.query_x)
         loss = self.loss(prediction, task.query_y)
         entropy = -torch.xlogy(assignment, assignment).sum()
-        kept: dict[str, Any] = {"figures": {"reconstruction": reconstruction, "assignment_entropy": entropy}}
+        kept: dict[str, Any] = {"metrics": {"reconstruction": reconstruction, "assignment_entropy": entropy}}
         if self.max_clusters is not None:
             kept["query_loss"] = loss
         return loss + self.reconstruction_weight * reconstruction, prediction, kept
 
-    def keep(self, values: dict[str, Any]) -> None:
+    def update_from_tasks(self, values: dict[str, Any]) -> None:
         """Add a cluster where the last Q meta-batches were harder than those before by more than μ."""
         # The same on all processes, and all of it in the checkpoint; the cluster's parameters, and the optimizer's
         # state of them, were there all along, untouched.

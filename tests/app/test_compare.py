@@ -22,7 +22,7 @@ from app.plots import results, style
 from app.runs.evaluation_record import Evaluation, refuse_other_tasks, save_tasks
 from datamodules import ImageFolder, Sinusoid
 from datamodules.core.errors import ConfigError
-from models.core.metrics import FINGERPRINT, TaskFigures, calibration_error, classification_figures
+from models.core.metrics import FINGERPRINT, TaskMetrics, calibration_error, classification_metrics
 from tests.support.toy import ToyImages
 from tests.support.trained import CLASSES, SIZE, picture_tree, train_on_pictures
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 
 def pair(tasks: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
-    """Figures of two learners to whom the same tasks are hard; the first is 0.02 better."""
+    """Metrics of two learners to whom the same tasks are hard; the first is 0.02 better."""
     rng = np.random.default_rng(0)
     hardness = rng.normal(0, 0.1, tasks)
     return tuple(torch.from_numpy(0.7 + hardness + g + rng.normal(0, 0.02, tasks)) for g in (0.02, 0.0))  # pyright: ignore
@@ -57,7 +57,7 @@ def test_pooled_differences_are_resampled_in_pairs():
     shift = 2 * torch.randn(150, 1, 1)  # of a task's logits: some are overconfident, for either learner
     logits, target = torch.randn(150, 20, 3) * shift.exp(), torch.randint(3, (150, 20))
     near = logits + 0.1 * torch.randn_like(logits)
-    one, other = (classification_figures(x, target)["bins"].double() for x in (logits, near))
+    one, other = (classification_metrics(x, target)["bins"].double() for x in (logits, near))
     mean, half = difference("bins", one, other)
     assert mean == pytest.approx((calibration_error(one.sum(0)) - calibration_error(other.sum(0))).item())
     rng = np.random.default_rng(1)
@@ -71,19 +71,19 @@ def test_pooled_differences_are_resampled_in_pairs():
     assert half < 0.5 * 1.96 * np.std(apart)
 
 
-def guessed(folder: Path, data: Any, seed: int = 0, tasks: int = 12, **figures: torch.Tensor) -> Evaluation:
+def guessed(folder: Path, data: Any, seed: int = 0, tasks: int = 12, **metrics: torch.Tensor) -> Evaluation:
     """A test of a learner that guesses, as a run leaves it."""
     torch.manual_seed(seed)
     batch = data.distribution("test").sample(range(tasks))
-    metric = TaskFigures()
+    metric = TaskMetrics()
     facts = batch.task | {FINGERPRINT: batch.fingerprint()}
     if batch.ways:
         logits = torch.randn(*batch.query_y.shape, batch.ways)
-        metric.update(batch.index, classification_figures(logits, batch.query_y), facts)
+        metric.update(batch.index, classification_metrics(logits, batch.query_y), facts)
     else:
         metric.update(batch.index, {"mse": torch.rand(tasks)}, facts)
     metric.compute()
-    metric.beside = figures
+    metric.subset = metrics
     save_tasks(folder / "test_tasks.npz", data, "Guess", metric)
     return Evaluation.load(folder)
 
@@ -93,21 +93,21 @@ def toy(**others: Any) -> ToyImages:
 
 
 def test_the_same_tasks_are_compared(tmp_path: Path):
-    """Catches figures of another learner in a row, or settings of training and speed taken for those of the tasks."""
-    one = guessed(tmp_path / "a", toy(), 1, outside_auroc=torch.rand(5))
+    """Catches metrics of another learner in a row, or settings of training and speed taken for those of the tasks."""
+    one = guessed(tmp_path / "a", toy(), 1, open_set_auroc=torch.rand(5))
     other = guessed(tmp_path / "b", toy(eval_batch_size=3, meta_batch_size=7, train_ways=5, root="x"), 2)
     content = compare([one, other])
     names = ["accuracy", "nll", "ece"]
     assert [learner["learner"] for learner in content["learners"]] == ["a", "b"]
-    assert list(content["learners"][0]["figures"]) == [*names, "outside_auroc"]
+    assert list(content["learners"][0]["metrics"]) == [*names, "open_set_auroc"]
     (between,) = content["differences"]
-    assert list(between["figures"]) == names  # the other learner has no outside_auroc
+    assert list(between["metrics"]) == names  # the other learner has no open_set_auroc
     for name in names:
-        means = [learner["figures"][name]["mean"] for learner in content["learners"]]
-        assert between["figures"][name]["mean"] == pytest.approx(means[0] - means[1])
-        assert between["figures"][name]["ci95"] > 0
-    mean = torch.cat([one.figures["accuracy"]]).double().mean().item()
-    assert content["learners"][0]["figures"]["accuracy"]["mean"] == pytest.approx(mean)
+        means = [learner["metrics"][name]["mean"] for learner in content["learners"]]
+        assert between["metrics"][name]["mean"] == pytest.approx(means[0] - means[1])
+        assert between["metrics"][name]["ci95"] > 0
+    mean = torch.cat([one.metrics["accuracy"]]).double().mean().item()
+    assert content["learners"][0]["metrics"]["accuracy"]["mean"] == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_functions_are_known_by_their_parameters_and_points(tmp_path: Path, othe
     """Catches the same functions observed elsewhere, or with noise; and a difference of rounding that is refused."""
     one, other = (Sinusoid(test_tasks=12, **more) for more in ({}, others))
     first = guessed(tmp_path / "a", one)
-    rounded = Evaluation(tmp_path / "c", first.about, first.figures, {n: v.clone() for n, v in first.facts.items()})
+    rounded = Evaluation(tmp_path / "c", first.about, first.metrics, {n: v.clone() for n, v in first.facts.items()})
     rounded.facts["fingerprint"].mul_(1 + 1e-6)
     refuse_other_tasks([first, rounded])
     with pytest.raises(ConfigError, match=f"the {what} of task"):
@@ -204,13 +204,13 @@ def test_labels_are_short_and_unique():
 
 
 def test_the_picture_shows_every_learner_and_pair():
-    """Catches intervals of other learners, a missing figure that shifts the rest, or a difference without its zero."""
+    """Catches intervals of other learners, a missing metric that shifts the rest, or a difference without its zero."""
     numbers = [{"mean": 0.1 * k, "ci95": 0.01 * (k + 1)} for k in range(4)]
     learners = [
-        {"learner": "one", "figures": {"mse": numbers[0]}},
-        {"learner": "two", "figures": {"mse": numbers[1], "coverage": numbers[2]}},
+        {"learner": "one", "metrics": {"mse": numbers[0]}},
+        {"learner": "two", "metrics": {"mse": numbers[1], "coverage": numbers[2]}},
     ]
-    between = [{"learner": "one", "minus": "two", "figures": {"mse": numbers[3]}}]
+    between = [{"learner": "one", "minus": "two", "metrics": {"mse": numbers[3]}}]
     figure = results.comparison(learners, between, "Data")
     mse, gap, coverage, none = figure.axes
     assert [float(c.lines[0].get_xdata()[0]) for c in mse.containers] == [0.0, 0.1]
@@ -246,7 +246,7 @@ def told(capsys: pytest.CaptureFixture[str], main: Any, *args: str) -> str:
 def test_several_checkpoints_are_evaluated_once_and_compared(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Catches figures unlike those of each alone, an evaluation that is done again, or one that is out of date."""
+    """Catches metrics unlike those of each alone, an evaluation that is done again, or one that is out of date."""
     monkeypatch.setattr(Dashboard, "_draw", lambda *_: None)
     checkpoints = [runs / name / "checkpoints" / "best.ckpt" for name in ("protonet", "maml")]
     args = ["--ckpt_path", *map(str, checkpoints), "--tasks", "15"]
@@ -255,18 +255,18 @@ def test_several_checkpoints_are_evaluated_once_and_compared(
     content = json.loads((out / "comparison.json").read_text())
     folders = [runs / name / "evaluations" / "best-tasks-15" for name in ("protonet", "maml")]
     for learner, folder in zip(content["learners"], folders, strict=True):
-        alone = json.loads((folder / "results.json").read_text())["figures"]
+        alone = json.loads((folder / "results.json").read_text())["metrics"]
         assert learner["folder"] == str(folder)
-        for name, figure in learner["figures"].items():
-            assert figure == {key: pytest.approx(alone[name][key]) for key in ("mean", "ci95")}
+        for name, metric in learner["metrics"].items():
+            assert metric == {key: pytest.approx(alone[name][key]) for key in ("mean", "ci95")}
     columns = [[float(row["accuracy"]) for row in csv.DictReader((f / "test_tasks.csv").open())] for f in folders]
     gaps = np.subtract(*columns)
     (between,) = content["differences"]
-    assert between["figures"]["accuracy"]["mean"] == pytest.approx(gaps.mean(), abs=1e-7)
-    assert between["figures"]["accuracy"]["ci95"] == pytest.approx(1.96 * gaps.std(ddof=1) / 15**0.5)
+    assert between["metrics"]["accuracy"]["mean"] == pytest.approx(gaps.mean(), abs=1e-7)
+    assert between["metrics"]["accuracy"]["ci95"] == pytest.approx(1.96 * gaps.std(ddof=1) / 15**0.5)
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     lines = list(csv.DictReader((out / "comparison.csv").open()))
-    assert [(x["learner"], x["minus"]) for x in lines if x["figure"] == "ece"] == [
+    assert [(x["learner"], x["minus"]) for x in lines if x["metric"] == "ece"] == [
         ("protonet", ""),
         ("maml", ""),
         ("protonet", "maml"),
@@ -292,8 +292,8 @@ def test_finished_runs_are_compared_as_they_are(runs: Path, tmp_path: Path, caps
         shutil.copy(runs / name / "test_tasks.npz", tmp_path / name)
     comparison.main([str(tmp_path / "protonet"), str(tmp_path / "maml")])
     content = json.loads((tmp_path / "comparisons" / "protonet-maml" / "comparison.json").read_text())
-    result = json.loads((runs / "maml" / "results.json").read_text())["figures"]
-    assert content["learners"][1]["figures"]["nll"]["mean"] == pytest.approx(result["nll"]["mean"])
+    result = json.loads((runs / "maml" / "results.json").read_text())["metrics"]
+    assert content["learners"][1]["metrics"]["nll"]["mean"] == pytest.approx(result["nll"]["mean"])
     assert "test it first" in told(capsys, comparison.main, str(tmp_path / "maml"), str(tmp_path))
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "test_tasks.npz").write_bytes((runs / "maml" / "test_tasks.npz").read_bytes()[:200])

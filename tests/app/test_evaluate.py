@@ -83,14 +83,14 @@ def test_a_lone_checkpoint_repeats_the_test_of_its_run(runs: Path, tmp_path: Pat
     lone = tmp_path / "moved.ckpt"
     shutil.copy(checkpoint_of(runs, name), lone)
     found, folder = evaluate(lone, out=tmp_path / "out")
-    same = ("figures", "tasks", "ways", "shots", "queries", "algorithm", "data", "seed", "batch_norm", "transductive")
+    same = ("metrics", "tasks", "ways", "shots", "queries", "algorithm", "data", "seed", "batch_norm", "transductive")
     assert {key: found[key] for key in same} == {key: trained_test[key] for key in same}
     assert found["checkpoint"] == str(lone)
     assert found["meta_steps"] in (20, 40)
     tasks = tasks_of(folder)
     assert [int(row["task"]) for row in tasks] == list(range(20))
     mean = sum(float(row["accuracy"]) for row in tasks) / 20
-    assert mean == pytest.approx(found["figures"]["accuracy"]["mean"], abs=1e-6)
+    assert mean == pytest.approx(found["metrics"]["accuracy"]["mean"], abs=1e-6)
 
 
 def test_the_run_keeps_its_results(runs: Path, drawing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_other_tasks_than_in_training(runs: Path, name: str, ways: int) -> None:
     assert len(tasks_of(folder)) == 40
     accuracies = {round(float(row["accuracy"]) * ways, 4) for row in tasks_of(folder)}
     assert accuracies <= set(range(ways + 1))  # one query of each class
-    assert found["figures"]["accuracy"]["mean"] > 1.2 / ways  # the classes' colours are easily told apart
+    assert found["metrics"]["accuracy"]["mean"] > 1.2 / ways  # the classes' colours are easily told apart
 
 
 def test_batch_norm_is_chosen_and_stated(runs: Path) -> None:
@@ -139,7 +139,7 @@ def test_batch_norm_is_chosen_and_stated(runs: Path) -> None:
     found, _ = evaluate(checkpoint_of(runs, "maml"), "--batch_norm", "support")
     assert (as_trained["batch_norm"], as_trained["transductive"]) == ("transductive", True)
     assert (found["batch_norm"], found["transductive"]) == ("support", False)
-    assert found["figures"]["nll"] != as_trained["figures"]["nll"]
+    assert found["metrics"]["nll"] != as_trained["metrics"]["nll"]
 
 
 def test_a_seed_gives_other_tasks_of_the_same_classes(runs: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_seed_gives_other_tasks_of_the_same_classes(runs: Path) -> None:
     again, _ = evaluate(checkpoint_of(runs, "protonet"), "--seed", "8")
     assert found["seed"] == 7
     assert "seed-7" in folder.name
-    assert found["figures"] != again["figures"]
+    assert found["metrics"] != again["metrics"]
 
 
 def test_another_data_set(runs: Path, tmp_path: Path) -> None:

@@ -38,13 +38,13 @@ def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
 def test_the_table_is_printed_last_and_the_gradients_agree(
     name: str, agreements: int, targets: set[float], tmp_path: Path
 ) -> None:
-    out = tmp_path / "figures.json"
+    out = tmp_path / "metrics.json"
     data = [] if name == "environments" else ["--generated"]
     done = run(name, "--quick", *data, "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("gradients agree to") == agreements
-    figures = json.loads(out.read_text())
-    rows = figures["rows"]
+    metrics = json.loads(out.read_text())
+    rows = metrics["rows"]
     *_, header, rule = done.stdout.splitlines()[: -len(rows)]
     assert header.split() == ["what", "against", "baseline", "ours", "ratio", "target"]
     assert not set(rule) - {"-", " "}
@@ -53,13 +53,13 @@ def test_the_table_is_printed_last_and_the_gradients_agree(
         assert row["against"] in line
         assert (row["met"] is None) == (row["target"] is None)
     assert {row["target"] for row in rows} - {None} == targets
-    assert figures["machine"]["threads"] >= 1
+    assert metrics["machine"]["threads"] >= 1
 
 
 @pytest.mark.slow
 @needs_learn2learn
 def test_implicit_gradients_take_no_more_memory_for_more_steps(tmp_path: Path) -> None:
-    out, plot = tmp_path / "figures.json", tmp_path / "figures.png"
+    out, plot = tmp_path / "metrics.json", tmp_path / "metrics.png"
     done = run("memory", "--quick", "--out", str(out), "--plot", str(plot))
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {(row["what"], row["against"]): row for row in json.loads(out.read_text())["rows"]}

@@ -120,7 +120,7 @@ def test_evaluation_keeps_no_graph(name, tmp_path):
     batch = data.on_device(data.distribution("val").sample(range(4)))
     with torch.inference_mode():
         model.evaluation_step(batch, "val")
-    states = model.task_figures("val")
+    states = model.stage_metrics("val")
     assert not any(v.requires_grad for v in states.task_accuracy)
     assert states.compute()["tasks"] == 4
 
@@ -184,7 +184,7 @@ def test_trainer_features_take_effect(name, flags, tmp_path, plain, caplog, caps
 
 @EVERY
 def test_early_stopping_stops(name, tmp_path):
-    """Catches a callback that never sees the figure that it watches."""
+    """Catches a callback that never sees the metric that it watches."""
     flags = (
         *("--trainer.callbacks", "pytorch_lightning.callbacks.EarlyStopping"),
         *("--trainer.callbacks.monitor", f"val/{headline(name)}", "--trainer.callbacks.mode", "max"),
@@ -197,7 +197,7 @@ def test_early_stopping_stops(name, tmp_path):
 
 @EVERY
 def test_evaluates_through_the_same_command(name, tmp_path, caplog):
-    """Catches a checkpoint that gives other figures than its training's test, or in other batches, and pictures that
+    """Catches a checkpoint that gives other metrics than its training's test, or in other batches, and pictures that
     fail."""
     main(command(name, tmp_path, "--pictures", "true", steps=6))
     run = tmp_path / name.lower()
@@ -205,10 +205,10 @@ def test_evaluates_through_the_same_command(name, tmp_path, caplog):
     assert "not made" not in caplog.text
     checkpoint = ["--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--out", str(tmp_path / "out")]
     evaluate([*checkpoint, "--data.init_args.eval_batch_size", "5"])
-    first, again = (json.loads((f / "results.json").read_text())["figures"] for f in (run, tmp_path / "out"))
+    first, again = (json.loads((f / "results.json").read_text())["metrics"] for f in (run, tmp_path / "out"))
     assert first.keys() == again.keys()
-    for figure in {"nll", headline(name)} & first.keys():
-        assert again[figure]["mean"] == pytest.approx(first[figure]["mean"], rel=1e-4)
+    for metric in {"nll", headline(name)} & first.keys():
+        assert again[metric]["mean"] == pytest.approx(first[metric]["mean"], rel=1e-4)
 
 
 @FEW_SHOT

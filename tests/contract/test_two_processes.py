@@ -1,4 +1,4 @@
-"""Two processes: the tasks, the meta-gradient and the figures of one."""
+"""Two processes: the tasks, the meta-gradient and the metrics of one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("algorithm", LEARNERS)
 def test_two_processes_take_the_meta_step_of_one(algorithm, two, tmp_path):
-    """Catches ranks with the same or other tasks, unequal shares weighed alike, and figures of one rank's tasks."""
+    """Catches ranks with the same or other tasks, unequal shares weighed alike, and metrics of one rank's tasks."""
     name = algorithm.lower()
     zero = MetaboltCLI(step(algorithm, tmp_path)).model.state_dict()
     main(step(algorithm, tmp_path))
@@ -88,9 +88,9 @@ def test_two_processes_take_the_meta_step_of_one(algorithm, two, tmp_path):
         torch.testing.assert_close(one[k], both[k], rtol=1e-6, atol=1e-8)
     results = [json.loads((run / "results.json").read_text()) for run in runs]
     assert results[0]["tasks"] == results[1]["tasks"] == 13
-    for figure in {headline(algorithm), "nll", "ece"} & results[0]["figures"].keys():
-        assert results[1]["figures"][figure]["mean"] == pytest.approx(results[0]["figures"][figure]["mean"], abs=1e-6)
-        assert results[1]["figures"][figure]["ci95"] == pytest.approx(results[0]["figures"][figure]["ci95"], abs=1e-6)
+    for metric in {headline(algorithm), "nll", "ece"} & results[0]["metrics"].keys():
+        assert results[1]["metrics"][metric]["mean"] == pytest.approx(results[0]["metrics"][metric]["mean"], abs=1e-6)
+        assert results[1]["metrics"][metric]["ci95"] == pytest.approx(results[0]["metrics"][metric]["ci95"], abs=1e-6)
 
 
 def test_two_processes_stop_on_sigterm_and_resume_exactly(tmp_path):

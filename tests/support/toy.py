@@ -172,7 +172,7 @@ def evaluation(strategy: str, runs: Path, *flags: str) -> list[str]:
 
 
 def headline(algorithm: str) -> str:
-    """The figure that a learner's checkpoints are chosen by."""
+    """The metric that a learner's checkpoints are chosen by."""
     return HEADLINES["reinforcement" if algorithm in AGENTS else "classification"][0]
 
 

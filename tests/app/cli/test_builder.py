@@ -92,9 +92,9 @@ def test_a_run_leaves_what_it_promises(capsys, tmp_path):
     run = tmp_path / "maml"
     results = json.loads((run / "results.json").read_text())
     assert results["tasks"] == 12
-    outside = {"inside_entropy", "outside_entropy", "outside_auroc"}
-    assert set(results["figures"]) == {"accuracy", "nll", "ece"} | outside
-    assert all({"mean", "ci95"} <= set(f) for f in results["figures"].values())
+    outside = {"known_entropy", "unknown_entropy", "open_set_auroc"}
+    assert set(results["metrics"]) == {"accuracy", "nll", "ece"} | outside
+    assert all({"mean", "ci95"} <= set(f) for f in results["metrics"].values())
     assert results["transductive"] is True
     assert {"torch", "pytorch-lightning", "python"} <= set(results["versions"])
     assert results["seed"] == 0
@@ -118,16 +118,16 @@ def test_stages_validate_and_test_use_the_best_checkpoint(capsys, tmp_path):
     kept = (tmp_path / "protonet" / "metrics.csv").read_text().splitlines()
     assert [r.split(",")[0] for r in kept] == [r.split(",")[0] for r in rows], "a test loses no row of the training"
     again = json.loads((tmp_path / "protonet" / "results.json").read_text())
-    assert again["figures"] == first["figures"]
+    assert again["metrics"] == first["metrics"]
     assert again["checkpoint"].endswith("best.ckpt")
     main(command("ProtoNet", tmp_path, "--stage", "validate", "--ckpt_path", "last"))
     assert [p.name for p in tmp_path.iterdir()] == ["protonet"]
 
 
 def test_figures_that_are_no_numbers_are_told(tmp_path, capsys):
-    """Catches a closing table that fails on a figure that is not a number, and with it the results."""
+    """Catches a closing table that fails on a metric that is not a number, and with it the results."""
     diverging = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e20")
     main(command("MAML", tmp_path, *diverging, steps=1))  # weights that are finite, and useless
     results = json.loads((tmp_path / "maml" / "results.json").read_text())
-    assert results["figures"]["nll"]["mean"] is None
+    assert results["metrics"]["nll"]["mean"] is None
     assert "nan" in capsys.readouterr().out

@@ -103,12 +103,12 @@ def test_the_summary_has_everything(run: Path, sessions: list[Path]):
     assert summary["config"] == config
     assert config["model"]["init_args"]["inner_steps"] == 2  # and so on: it is the whole file
     result, seen = json.loads((run / "results.json").read_text()), summary["summary"]
-    for name in ("accuracy", "nll", "ece", "inside_entropy", "outside_entropy", "outside_auroc"):
-        assert seen[f"test/{name}"] == pytest.approx(result["figures"][name]["mean"])
-        assert seen[f"test/{name}_ci95"] == pytest.approx(result["figures"][name]["ci95"])
+    for name in ("accuracy", "nll", "ece", "known_entropy", "unknown_entropy", "open_set_auroc"):
+        assert seen[f"test/{name}"] == pytest.approx(result["metrics"][name]["mean"])
+        assert seen[f"test/{name}_ci95"] == pytest.approx(result["metrics"][name]["ci95"])
     assert seen["test/tasks"] == TESTS
     assert seen["test/transductive"] is True
-    accuracy = result["figures"]["accuracy"]
+    accuracy = result["metrics"]["accuracy"]
     assert seen["test/result"] == f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['ci95']:.2f} %"
     assert seen["test/per_task"]["_type"] == "table-file"
     assert seen["test/per_task"]["nrows"] == TESTS
@@ -131,7 +131,7 @@ def test_figures_stand_against_tasks_seen_without_a_gap(sessions: list[Path]):
 
 def test_pictures_are_in_the_run_and_in_wandb(run: Path, sessions: list[Path]):
     """Would catch: pictures that only one of the two has, or that are not pictures."""
-    tested = {"histogram", "reliability", "outside", "adaptation", "training", "episode", "worst_episode", "confusion"}
+    tested = {"histogram", "reliability", "open_set", "adaptation", "training", "episode", "worst_episode", "confusion"}
     seen = read(sessions[-1], "--summary")[0]["summary"]
     for name in (*(f"test/{n}" for n in tested), "test/results"):
         assert seen[name]["_type"] == "image-file"
@@ -149,7 +149,7 @@ def test_the_table_of_tasks_is_that_of_the_result(run: Path, sessions: list[Path
     with open(run / "test_tasks.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["task"]) for r in rows] == list(range(TESTS))
-    result = json.loads((run / "results.json").read_text())["figures"]
+    result = json.loads((run / "results.json").read_text())["metrics"]
     for name in ("accuracy", "nll"):
         assert np.mean([float(r[name]) for r in rows]) == pytest.approx(result[name]["mean"], rel=1e-5)
     data = Patterns(ways=3, queries=3)
@@ -210,7 +210,7 @@ REGRESSION = (
 
 
 def test_predictive_distributions_go_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Would catch: a distribution that a picture, the table or W&B cannot take, or figures that differ among them."""
+    """Would catch: a distribution that a picture, the table or W&B cannot take, or metrics that differ among them."""
     main(
         [
             "--runs",
@@ -225,7 +225,7 @@ def test_predictive_distributions_go_everywhere(tmp_path: Path, capsys: pytest.C
     run = tmp_path / "run"
     drawn = {p.stem for p in (run / "figures").glob("*.png")}
     assert drawn >= {"val_fits", "test_fits", "test_reliability", "test_adaptation", "test_histogram"}
-    result = json.loads((run / "results.json").read_text())["figures"]
+    result = json.loads((run / "results.json").read_text())["metrics"]
     assert list(result) == ["mse", "nll", "coverage", "coverage_error", "width"]
     assert [n for n in result if "worst_decile" in result[n]] == ["mse", "nll"]
     with open(run / "test_tasks.csv", newline="") as file:
@@ -233,11 +233,11 @@ def test_predictive_distributions_go_everywhere(tmp_path: Path, capsys: pytest.C
     assert list(rows[0])[:5] == ["task", "mse", "nll", "coverage", "width"]
     (session,) = (run / "wandb").glob("offline-run-*")
     seen = read(session, "--summary")[0]["summary"]
-    for name, figure in result.items():
-        assert seen[f"test/{name}"] == pytest.approx(figure["mean"])
-        assert seen[f"test/{name}_ci95"] == pytest.approx(figure["ci95"])
+    for name, metric in result.items():
+        assert seen[f"test/{name}"] == pytest.approx(metric["mean"])
+        assert seen[f"test/{name}_ci95"] == pytest.approx(metric["ci95"])
         if name in rows[0]:
-            assert np.mean([float(r[name]) for r in rows]) == pytest.approx(figure["mean"], rel=1e-5)
+            assert np.mean([float(r[name]) for r in rows]) == pytest.approx(metric["mean"], rel=1e-5)
     assert seen["test/fits"]["_type"] == "image-file"
     assert f"{100 * result['coverage']['mean']:.2f} ±" in capsys.readouterr().out
 
@@ -296,7 +296,7 @@ def test_a_picture_that_fails_costs_one_line(
     assert (tmp_path / "run" / "figures" / "test_embedding.png").is_file()
 
 
-@pytest.mark.parametrize("during", ["_measure_outside", "_draw"])
+@pytest.mark.parametrize("during", ["_measure_open_set", "_draw"])
 def test_a_process_killed_after_the_test_leaves_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str):
     """Would catch: what hours of testing measured, written only after minutes of pictures."""
 
@@ -368,7 +368,7 @@ def test_a_run_without_network_goes_on_offline(
 def test_wandb_that_breaks_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """Would catch: an exception of W&B's in the middle of a training, or one line per figure from then on."""
+    """Would catch: an exception of W&B's in the middle of a training, or one line per metric from then on."""
     broken = SimpleNamespace(step=0, log=mock.Mock(side_effect=OSError("the service is gone")), define_metric=print)
     broken.settings, broken.finish = SimpleNamespace(mode="offline"), mock.Mock()
     for fault in ({"side_effect": RuntimeError("cannot start")}, {"return_value": broken}):

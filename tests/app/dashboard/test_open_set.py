@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.dashboard.confusion import Confusions
-from app.dashboard.open_set import Outside, entropy
+from app.dashboard.open_set import OpenSet, entropy
 from app.dashboard.probe import Probe
 from datamodules.core.episodes import Episodes
 from models.core.task_map import map_tasks
@@ -79,7 +79,7 @@ def probe_of(learner: Any, total: int = 9, batch: int = 7) -> Any:
 
 def test_queries_of_classes_of_the_episode_are_left_out():
     """Catches classes that both tasks have counted as foreign, labels taken for classes, or another task's queries."""
-    outside = Outside.of(probe_of(Recognises()), TASKS)
+    outside = OpenSet.of(probe_of(Recognises()), TASKS)
     assert outside is not None
     tasks = [np.random.default_rng(i).choice(9, WAYS, replace=False) for i in range(TASKS + 1)]
     expected = [[c not in tasks[i] for c in tasks[i + 1] for _ in range(QUERIES)] for i in range(TASKS)]
@@ -87,24 +87,24 @@ def test_queries_of_classes_of_the_episode_are_left_out():
     assert 0 < outside.kept.float().mean() < 1
     # It is as sure of a class that the episode has as of its own, and of none other.
     least = entropy(torch.linspace(0, 0.5, WAYS))
-    assert torch.allclose(outside.outside[outside.kept], least.expand(int(outside.kept.sum())))
-    assert (outside.outside[~outside.kept] < least - 0.1).all()
-    assert (outside.inside < least - 0.1).all()
-    assert outside.figures()["outside_auroc"].tolist() == pytest.approx([1.0] * TASKS)
+    assert torch.allclose(outside.unknown[outside.kept], least.expand(int(outside.kept.sum())))
+    assert (outside.unknown[~outside.kept] < least - 0.1).all()
+    assert (outside.known < least - 0.1).all()
+    assert outside.metrics()["open_set_auroc"].tolist() == pytest.approx([1.0] * TASKS)
 
 
 def test_a_task_is_measured_alike_in_every_batch_and_number():
     """Catches a last task that takes the first one's queries, or tasks at the end of a batch without a next one."""
-    whole, parts = Outside.of(probe_of(Recognises()), TASKS), Outside.of(probe_of(Recognises(), batch=1), TASKS - 4)
+    whole, parts = OpenSet.of(probe_of(Recognises()), TASKS), OpenSet.of(probe_of(Recognises(), batch=1), TASKS - 4)
     assert whole is not None and parts is not None
-    for name in ("inside", "outside", "kept"):
+    for name in ("known", "unknown", "kept"):
         assert torch.equal(getattr(whole, name)[: TASKS - 4], getattr(parts, name))
 
 
 def test_foreign_queries_are_a_batch_of_the_same_size():
     """Catches foreign queries that are normalised together with the task's own, or by fewer of them."""
     learner = Recognises()
-    Outside.of(probe_of(learner), 5)
+    OpenSet.of(probe_of(learner), 5)
     assert learner.sizes == {WAYS * QUERIES}
 
 
@@ -114,15 +114,15 @@ def test_the_auroc_is_the_share_of_pairs_in_the_right_order():
     inside, outside = (torch.from_numpy(rng.uniform(0, s, (3, 6))) for s in (1.0, 1.3))
     inside[1], outside[1] = inside[1] * 1e-6, outside[1] * 1e-6  # of a learner that is sure
     kept = torch.from_numpy(rng.uniform(size=(3, 6)) < 0.7)
-    found = Outside(inside, outside, kept, 5, torch.zeros(3, 6))
+    found = OpenSet(inside, outside, kept, 5, torch.zeros(3, 6))
     pairs = [(o > i) + 0.5 * (o == i) for t in range(3) for o in outside[t][kept[t]] for i in inside[t]]
     sizes = [int(kept[t].sum()) * 6 for t in range(3)]
     expected = [np.mean(part) for part in np.split(np.array(pairs, float), np.cumsum(sizes)[:-1])]
     assert found.auroc.tolist() == pytest.approx(expected)
-    figures = found.figures()
-    assert figures["outside_auroc"].tolist() == pytest.approx(expected)
-    assert figures["outside_entropy"].tolist() == pytest.approx([float(outside[t][kept[t]].mean()) for t in range(3)])
-    assert figures["inside_entropy"].tolist() == pytest.approx(inside.mean(1).tolist())
+    metrics = found.metrics()
+    assert metrics["open_set_auroc"].tolist() == pytest.approx(expected)
+    assert metrics["unknown_entropy"].tolist() == pytest.approx([float(outside[t][kept[t]].mean()) for t in range(3)])
+    assert metrics["known_entropy"].tolist() == pytest.approx(inside.mean(1).tolist())
 
 
 def test_entropy_is_that_of_the_probabilities():
@@ -131,9 +131,9 @@ def test_entropy_is_that_of_the_probabilities():
     assert entropy(logits).tolist() == pytest.approx([np.log(3), 0.0])
 
 
-def test_a_split_with_no_other_classes_has_no_figure():
+def test_a_split_with_no_other_classes_has_no_metric():
     """Catches a division by no queries, where all tasks have all classes."""
-    assert Outside.of(probe_of(Recognises(), total=WAYS), 5) is None
+    assert OpenSet.of(probe_of(Recognises(), total=WAYS), 5) is None
 
 
 def test_confusions_need_not_predict_again():
@@ -145,7 +145,7 @@ def test_confusions_need_not_predict_again():
     learner.adapt = lambda support: support.x.flatten(1)[:, :1]  # one noisy pixel
     learner.predict = lambda state, x: -torch.cdist(x.flatten(1)[:, :1], state)
     probe = Probe(learner, data, "test")
-    outside = Outside.of(probe, 10)
+    outside = OpenSet.of(probe, 10)
     assert outside is not None
     again, handed = Confusions.of(probe, 10), Confusions.of(probe, 10, outside.predicted)
     assert again is not None and handed is not None

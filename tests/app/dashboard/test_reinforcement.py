@@ -85,12 +85,12 @@ def test_bandits_are_seen(bandits: Path):
 
 
 def test_the_table_of_trials_has_one_number_to_a_column(bandits: Path):
-    """Catches returns of all episodes squeezed into a cell, or tasks without their figures."""
+    """Catches returns of all episodes squeezed into a cell, or tasks without their metrics."""
     with open(bandits / "test_tasks.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["task", "return", "first_episode", "last_episode", "regret"]
     assert [int(r["task"]) for r in rows] == list(range(12))
-    result = json.loads((bandits / "results.json").read_text())["figures"]
+    result = json.loads((bandits / "results.json").read_text())["metrics"]
     for name in ("return", "first_episode", "last_episode", "regret"):
         assert np.mean([float(r[name]) for r in rows]) == pytest.approx(result[name]["mean"], rel=1e-5)
 
@@ -120,14 +120,14 @@ def untrained(flags: list[str]) -> tuple[Probe, dict[str, torch.Tensor]]:
     probe = Probe(learner, cli.datamodule, "test")
     with torch.inference_mode():
         learner.evaluation_step(probe.sample(range(cli.datamodule.test_tasks))[1], "test")
-    metric = learner.task_figures("test")
+    metric = learner.stage_metrics("test")
     metric.compute()
     return probe, metric.all_tasks
 
 
 def made(probe: Probe, table: dict[str, torch.Tensor], name: str, drawing: str) -> tuple[Any, ...]:
     """What a picture is made from."""
-    with mock.patch.object(dashboards_rl.figures, drawing) as draw, torch.inference_mode():
+    with mock.patch.object(dashboards_rl.plots, drawing) as draw, torch.inference_mode():
         pictures = TrialPictures(probe, table, "meta-test", lambda what, action: action())
         dict(pictures.all())[name]()
     return draw.call_args.args
@@ -232,16 +232,16 @@ def test_learners_are_compared_along_their_trials(bandits: Path, tmp_path: Path,
     assert (tmp_path / "out" / "comparison.png").is_file()
     assert "returns.png" in capsys.readouterr().out
     one, two = Evaluation.load(bandits), Evaluation.load(other)
-    two.figures["returns"] = two.figures["returns"] + 1
+    two.metrics["returns"] = two.metrics["returns"] + 1
     along = returns([one, two])
     assert along is not None
     assert [name for name, _ in along[0]] == ["rl2", "other"]
     assert torch.equal(along[0][0][1] + 1, along[0][1][1])
     assert along[1] is not None
-    assert torch.allclose(along[1], one.figures["of_optimum"][:, 1] / 4)
-    del one.figures["returns"]
+    assert torch.allclose(along[1], one.metrics["of_optimum"][:, 1] / 4)
+    del one.metrics["returns"]
     assert [name for name, _ in (returns([one, two]) or ([], None))[0]] == ["other"]
-    del two.figures["returns"]
+    del two.metrics["returns"]
     assert returns([one, two]) is None
 
 

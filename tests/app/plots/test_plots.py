@@ -171,7 +171,7 @@ def test_entropies_inside_and_outside_are_drawn_as_shares():
     """Would catch: the two swapped, shares of more than there are, or the AUROC missing from the title."""
     rng = np.random.default_rng(0)
     inside, outside = rng.uniform(0, 0.5, (4, 5)), rng.uniform(0.5, 1.0, 13)
-    figure = calibration.outside(inside, outside, 3, 0.9876, 0.0123, "4 tasks")
+    figure = calibration.open_set(inside, outside, 3, 0.9876, 0.0123, "4 tasks")
     own, other = figure.axes[0].lines[:2]
     assert np.interp(np.median(inside), own.get_xdata(), own.get_ydata()) == pytest.approx(0.5, abs=0.06)
     assert own.get_xdata()[-1] == inside.max()

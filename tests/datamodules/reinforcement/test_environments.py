@@ -213,7 +213,7 @@ def test_what_is_kept_of_a_trial(family):
     data = families()[family]
     trial = run_trial(tasks(data, range(4)), Scripted(data))
     steps = data.episodes * data.environment.horizon
-    assert trial.told["memory"].tolist() == [[t] * 4 for t in range(steps)]
+    assert trial.extras["memory"].tolist() == [[t] * 4 for t in range(steps)]
     returns = trial.returns(data.episodes)
     for row, episode in itertools.product(range(4), range(data.episodes)):
         of_episode = range(episode * data.environment.horizon, (episode + 1) * data.environment.horizon)
@@ -229,7 +229,7 @@ def test_an_agent_may_leave_nothing():
     scripted = Scripted(data)
     silent = SimpleNamespace(draws=1, begin=scripted.begin, act=lambda *seen: (*scripted.act(*seen)[:2], ()))
     trial = run_trial(tasks(data, range(3)), silent)
-    assert trial.told == ()
+    assert trial.extras == ()
     assert torch.equal(trial.reward, run_trial(tasks(data, range(3)), scripted).reward)
 
 

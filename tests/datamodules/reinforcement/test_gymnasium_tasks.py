@@ -309,8 +309,8 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     flags = text.split("``--data ")[1].split("``")[0].split()
     main([*RL2, "--model.observations", "1", "--model.actions", "1", "--runs", "runs", "--data", *flags, *SMALL])
-    figures = json.loads(Path("runs/run/results.json").read_text())["figures"]
-    assert figures["return"]["mean"] < 0
+    metrics = json.loads(Path("runs/run/results.json").read_text())["metrics"]
+    assert metrics["return"]["mean"] < 0
 
 
 RL2 = ["--model", "models.RL2", "--model.discrete", "false", "--model.hidden", "6", "--model.epochs", "2"]
@@ -453,7 +453,7 @@ def summary(run: Path) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_the_test_is_on_film_here_and_in_wandb(caplog):
-    """Catches a film of other states than the evaluation of test task 0 went through, one that changes the figures,
+    """Catches a film of other states than the evaluation of test task 0 went through, one that changes the metrics,
     and one that W&B does not get."""
     main(corridor("--wandb", "offline"))
     assert "video not made" not in caplog.text
@@ -476,10 +476,10 @@ def test_the_test_is_on_film_here_and_in_wandb(caplog):
     assert len({round(c) for c in expected}) > 3
     seen = summary(run)
     assert seen["test/video"]["_type"] == "video-file"
-    figures = json.loads((run / "results.json").read_text())["figures"]
-    assert seen["test/return"] == pytest.approx(figures["return"]["mean"])
+    metrics = json.loads((run / "results.json").read_text())["metrics"]
+    assert seen["test/return"] == pytest.approx(metrics["return"]["mean"])
     cli.trainer.test(learner, datamodule=cli.datamodule, verbose=False)
-    assert cli.trainer.callback_metrics["test/return"].item() == pytest.approx(figures["return"]["mean"], rel=1e-5)
+    assert cli.trainer.callback_metrics["test/return"].item() == pytest.approx(metrics["return"]["mean"], rel=1e-5)
 
 
 def test_a_film_that_fails_costs_one_line(caplog):
@@ -489,7 +489,7 @@ def test_a_film_that_fails_costs_one_line(caplog):
     assert [r.getMessage() for r in caplog.records if "video" in r.getMessage()] == [
         "video not made, the run goes on: RuntimeError: no screen"
     ]
-    assert Path("runs/run/results.json").exists() and not Path("runs/run/figures/test_video.gif").exists()
+    assert Path("runs/run/results.json").exists() and not Path("runs/run/metrics/test_video.gif").exists()
 
 
 def test_nothing_is_filmed_without_pictures(monkeypatch):

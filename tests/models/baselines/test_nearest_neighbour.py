@@ -59,7 +59,7 @@ def test_hausdorff_does_not_see_where_the_picture_lies():
 
 
 def test_a_blank_picture_is_predicted_without_preference():
-    """Catches 0 / 0 where a picture has no ink: no figure may be lost to it."""
+    """Catches 0 / 0 where a picture has no ink: no metric may be lost to it."""
     learner = NearestNeighbour("hausdorff")
     x = torch.cat([pictures(3).float(), torch.zeros(1, 1, 12, 9)])
     with torch.no_grad():

@@ -160,7 +160,7 @@ def test_chasers_meta_gradient_equals_finite_differences_with_the_leader_held(ca
     learner = regressor(particles=3, follow_steps=2) if case == "regression" else small(case, 3, inner_rate=rate)
     task = (curves() if case == "regression" else episodes())[0]
     replayed, leaders, chaser_loss = Replayed(), [], learner.chaser_loss
-    monkeypatch.setattr(models.svgd, "rbf_kernel", replayed)
+    monkeypatch.setattr(models.bayesian.svgd, "rbf_kernel", replayed)
 
     def held(follower, leader):
         leaders.append(leader)

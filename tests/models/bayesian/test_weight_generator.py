@@ -89,7 +89,7 @@ def test_objective_is_query_loss_and_divergence():
     loss, prediction, kept = learner.objective(task)
     mean, deviation = posterior(learner, task.support)
     kl = np.sum((deviation**2 + mean**2 - 1) / 2 - np.log(deviation))
-    assert kept["figures"]["kl"].item() == pytest.approx(kl, rel=1e-10)
+    assert kept["metrics"]["kl"].item() == pytest.approx(kl, rel=1e-10)
     torch.manual_seed(0)
     z = mean + deviation * torch.randn(3, 3, 2, dtype=DOUBLE).numpy()
     p = probabilities(learner, z, task.query_x.numpy()).mean(0)
@@ -106,7 +106,7 @@ def test_divergence_and_draws_agree(training):
         q = learner.encode(task.support.x, task.support)
         z = q.mean + q.stddev * learner.noise(task.support.x, task.support, q.mean)
         ratio = (q.log_prob(z) - Normal(0.0, 1.0).log_prob(z)).sum((1, 2))
-        kl = learner.objective(task)[2]["figures"]["kl"]
+        kl = learner.objective(task)[2]["metrics"]["kl"]
         assert abs(ratio.mean() - kl) < 5 * ratio.std() / math.sqrt(len(z))
         assert ((z.mean(0) - q.mean).abs() < 5 * q.stddev / math.sqrt(len(z))).all()
         correlations = z.flatten(1).T.corrcoef() - torch.eye(6, dtype=DOUBLE)

@@ -1,4 +1,4 @@
-"""Figures per task and over tasks, against torchmetrics, NumPy and a simulation."""
+"""Metrics per task and over tasks, against torchmetrics, NumPy and a simulation."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from models import MLP, ProtoNet
 from models.core.metrics import (
     LEVELS,
-    TaskFigures,
-    classification_figures,
+    TaskMetrics,
+    classification_metrics,
     coverage_error,
     interval,
     mutual_information,
-    regression_figures,
+    regression_metrics,
 )
 from models.core.predictions import Mixture
 
 
-def collected(values: torch.Tensor, index: torch.Tensor | None = None) -> TaskFigures:
-    figures = TaskFigures()
+def collected(values: torch.Tensor, index: torch.Tensor | None = None) -> TaskMetrics:
+    metrics = TaskMetrics()
     index = torch.arange(len(values)) if index is None else index
     for i, v in zip(index.split(7), values.split(7), strict=True):
-        figures.update(i, {"accuracy": v})
-    return figures
+        metrics.update(i, {"accuracy": v})
+    return metrics
 
 
 def test_calibration_equals_torchmetrics_and_nll_equals_cross_entropy():
     """Catches bins closed on the wrong side, a mean over bins, and logits taken for log-probabilities."""
     logits, target = 2 * torch.randn(20, 30, 5), torch.randint(5, (20, 30))
-    table = classification_figures(logits, target)
-    figures = TaskFigures()
-    figures.update(torch.arange(20), table)
-    result = figures.compute()
+    table = classification_metrics(logits, target)
+    metrics = TaskMetrics()
+    metrics.update(torch.arange(20), table)
+    result = metrics.compute()
     expected = multiclass_calibration_error(logits.flatten(0, 1).softmax(-1), target.flatten(), 5, n_bins=15, norm="l1")
     assert result["ece"] == pytest.approx(expected.item(), rel=1e-5)
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).item()
@@ -46,17 +46,17 @@ def test_calibration_equals_torchmetrics_and_nll_equals_cross_entropy():
     assert result["ece_ci95"] > 0
 
 
-def test_mixed_precision_rounds_no_figure():
+def test_mixed_precision_rounds_no_metric():
     """Catches the sums of confidences that calibration is made of, multiplied in bfloat16."""
     logits, target = torch.randn(3, 75, 5).bfloat16(), torch.randint(5, (3, 75))
     learner = ProtoNet(MLP(1))
     expected = learner.per_task(logits, target)
-    metric = TaskFigures()
+    metric = TaskMetrics()
     with torch.autocast("cpu", torch.bfloat16):
-        figures = learner.per_task(logits, target)
-        metric.update(torch.arange(3), figures | {"kl": logits[:, 0, 0]})
+        metrics = learner.per_task(logits, target)
+        metric.update(torch.arange(3), metrics | {"kl": logits[:, 0, 0]})
     for name, value in expected.items():
-        assert value.dtype == torch.float32 and torch.equal(figures[name], value), name
+        assert value.dtype == torch.float32 and torch.equal(metrics[name], value), name
     assert metric.table()["kl"].dtype == torch.float32
 
 
@@ -74,9 +74,9 @@ def test_worst_decile_by_direction():
     """Catches the best decile reported as the worst."""
     values = torch.linspace(0, 1, 100)[torch.randperm(100)]
     assert collected(values).compute()["accuracy_worst_decile"] == pytest.approx(np.linspace(0, 1, 100)[:10].mean())
-    figures = TaskFigures()
-    figures.update(torch.arange(100), {"mse": values})
-    assert figures.compute()["mse_worst_decile"] == pytest.approx(np.linspace(0, 1, 100)[-10:].mean())
+    metrics = TaskMetrics()
+    metrics.update(torch.arange(100), {"mse": values})
+    assert metrics.compute()["mse_worst_decile"] == pytest.approx(np.linspace(0, 1, 100)[-10:].mean())
 
 
 def test_a_repeated_task_counts_once():
@@ -92,7 +92,7 @@ def test_regression_is_per_task():
     """Catches a mean over all points where tasks are asked for."""
     prediction, target = torch.randn(4, 6, 2), torch.randn(4, 6, 2)
     expected = [((prediction[t] - target[t]) ** 2).mean().item() for t in range(4)]
-    assert regression_figures(prediction, target)["mse"].tolist() == pytest.approx(expected)
+    assert regression_metrics(prediction, target)["mse"].tolist() == pytest.approx(expected)
 
 
 def test_one_task_has_no_interval():
@@ -109,14 +109,14 @@ def parts(*gaussians: tuple[float, float], values: int = 1) -> Mixture:
 def test_a_gaussian_is_measured_as_in_closed_form():
     """Catches a density in other units, an interval of another probability, or the half of it for the whole."""
     targets = [-2.9, 0.4, 1.0, 2.5, 4.9, 5.1]
-    figures = regression_figures(parts((1.0, 2.0), values=6), torch.tensor(targets, dtype=torch.float64)[None, :, None])
+    metrics = regression_metrics(parts((1.0, 2.0), values=6), torch.tensor(targets, dtype=torch.float64)[None, :, None])
     known = NormalDist(1.0, 2.0)
-    assert figures["nll"].item() == pytest.approx(-np.mean([np.log(known.pdf(t)) for t in targets]))
-    assert figures["width"].item() == pytest.approx(known.inv_cdf(0.975) - known.inv_cdf(0.025))
-    assert figures["mse"].item() == pytest.approx(np.mean([(t - 1.0) ** 2 for t in targets]))
-    assert figures["coverage"].item() == pytest.approx(5 / 6)  # the last one is 2.05 deviations away
+    assert metrics["nll"].item() == pytest.approx(-np.mean([np.log(known.pdf(t)) for t in targets]))
+    assert metrics["width"].item() == pytest.approx(known.inv_cdf(0.975) - known.inv_cdf(0.025))
+    assert metrics["mse"].item() == pytest.approx(np.mean([(t - 1.0) ** 2 for t in targets]))
+    assert metrics["coverage"].item() == pytest.approx(5 / 6)  # the last one is 2.05 deviations away
     expected = np.histogram([abs(2 * known.cdf(t) - 1) for t in targets], LEVELS, (0, 1))[0]
-    assert figures["levels"][0].tolist() == expected.tolist()
+    assert metrics["levels"][0].tolist() == expected.tolist()
 
 
 def test_a_mixture_is_measured_as_by_integration():
@@ -126,15 +126,15 @@ def test_a_mixture_is_measured_as_by_integration():
     density = np.mean([np.exp(-0.5 * ((x - m) / s) ** 2) / (s * np.sqrt(2 * np.pi)) for m, s in gaussians], 0)
     below = np.cumsum(density) * (x[1] - x[0])
     targets = [-2.9, -2.0, 0.0, 2.8, 3.1, 3.3]
-    figures = regression_figures(parts(*gaussians, values=6), torch.tensor(targets, dtype=torch.float64)[None, :, None])
+    metrics = regression_metrics(parts(*gaussians, values=6), torch.tensor(targets, dtype=torch.float64)[None, :, None])
     at = np.interp(targets, x, below)
-    assert figures["nll"].item() == pytest.approx(-np.log(np.interp(targets, x, density)).mean(), abs=1e-6)
+    assert metrics["nll"].item() == pytest.approx(-np.log(np.interp(targets, x, density)).mean(), abs=1e-6)
     low, high = np.interp([0.025, 0.975], below, x)
-    assert figures["width"].item() == pytest.approx(high - low, abs=1e-3)
-    assert figures["coverage"].item() == pytest.approx(np.mean([low <= t <= high for t in targets]))
-    assert figures["levels"][0].tolist() == np.histogram(np.abs(2 * at - 1), LEVELS, (0, 1))[0].tolist()
+    assert metrics["width"].item() == pytest.approx(high - low, abs=1e-3)
+    assert metrics["coverage"].item() == pytest.approx(np.mean([low <= t <= high for t in targets]))
+    assert metrics["levels"][0].tolist() == np.histogram(np.abs(2 * at - 1), LEVELS, (0, 1))[0].tolist()
     mean = np.mean([m for m, _ in gaussians])
-    assert figures["mse"].item() == pytest.approx(np.mean([(t - mean) ** 2 for t in targets]))
+    assert metrics["mse"].item() == pytest.approx(np.mean([(t - mean) ** 2 for t in targets]))
 
 
 @pytest.mark.parametrize(("stretch", "coverage"), [(1.0, 0.95), (0.5, 0.6729), (2.0, 0.9999)])
@@ -144,15 +144,15 @@ def test_coverage_is_nominal_for_a_calibrated_prediction_alone(stretch: float, c
     scale = 0.5 + torch.rand(tasks, 1, queries, 1)
     target = (3 * scale * torch.randn(tasks, 1, queries, 1))[:, 0]
     prediction = Mixture(torch.zeros(tasks, 4, queries, 1), (3 * stretch * scale).expand(-1, 4, -1, -1))
-    figures = TaskFigures()
-    figures.update(torch.arange(tasks), regression_figures(prediction, target))
-    result = figures.compute()
+    metrics = TaskMetrics()
+    metrics.update(torch.arange(tasks), regression_metrics(prediction, target))
+    result = metrics.compute()
     assert result["coverage"] == pytest.approx(coverage, abs=0.008)
     exact = [abs(2 * NormalDist().cdf(stretch * NormalDist().inv_cdf(0.5 + k / 40)) - 1 - k / 20) for k in range(1, 20)]
     assert result["coverage_error"] == pytest.approx(np.mean(exact), abs=0.01)
     assert 0 < result["coverage_error_ci95"] < 0.01
     assert not {"coverage_worst_decile", "width_worst_decile", "coverage_error_worst_decile"} & result.keys()
-    values = figures.all_tasks["nll"].sort().values
+    values = metrics.all_tasks["nll"].sort().values
     assert result["nll_worst_decile"] == pytest.approx(values[-tasks // 10 :].mean().item(), rel=1e-5)
 
 
@@ -166,9 +166,9 @@ def test_the_coverage_error_is_zero_for_exact_levels_and_bounded():
 
 def test_a_diverged_distribution_covers_nothing():
     """Catches what is not a number counted into the narrowest interval."""
-    figures = regression_figures(parts((float("nan"), 1.0), values=3), torch.zeros(1, 3, 1))
-    assert figures["coverage"].item() == 0
-    assert figures["levels"][0].tolist() == [0.0] * (LEVELS - 1) + [3.0]
+    metrics = regression_metrics(parts((float("nan"), 1.0), values=3), torch.zeros(1, 3, 1))
+    assert metrics["coverage"].item() == 0
+    assert metrics["levels"][0].tolist() == [0.0] * (LEVELS - 1) + [3.0]
 
 
 def test_mutual_information_by_hand():
@@ -181,14 +181,14 @@ def test_mutual_information_by_hand():
 
 
 def test_families_and_clusters_are_counted_over_tasks():
-    """Catches a mean of what single tasks tell, and a table of figures of other tasks."""
-    figures = TaskFigures()
+    """Catches a mean of what single tasks tell, and a table of metrics of other tasks."""
+    metrics = TaskMetrics()
     of, to = torch.tensor([0, 0, 1, 1, 2, 2] * 5), torch.tensor([1, 1, 0, 0, 2, 0] * 5)
-    figures.update(torch.arange(30), {"families": torch.nn.functional.one_hot(3 * of + to, 9).view(30, 3, 3).float()})
+    metrics.update(torch.arange(30), {"families": torch.nn.functional.one_hot(3 * of + to, 9).view(30, 3, 3).float()})
     # Two families of a cluster each, half of the third in one of its own.
     clusters = -(math.log(1 / 2) / 2 + math.log(1 / 3) / 3 + math.log(1 / 6) / 6)
     told = clusters - math.log(2) / 3
-    result = figures.compute()
+    result = metrics.compute()
     assert result["nmi"] == pytest.approx(2 * told / (clusters + math.log(3)), rel=1e-5)
     assert 0 < result["nmi_ci95"] < 0.5
 
@@ -197,14 +197,14 @@ def test_the_interval_of_a_pooled_figure_is_that_of_repeated_draws_of_tasks():
     """Catches resamples of queries instead of tasks, whose interval is far too narrow: tasks differ here."""
     rng = np.random.default_rng(0)
 
-    def draw() -> TaskFigures:
+    def draw() -> TaskMetrics:
         tasks, queries = 100, 20
         biased = torch.from_numpy(rng.normal(0, 1.5, (tasks, 1, 1))).float()  # of a whole task, which nothing predicts
         target = biased + torch.from_numpy(rng.normal(0, 1, (tasks, queries, 1))).float()
         ones = torch.ones(tasks, 1, queries, 1)
-        figures = TaskFigures()
-        figures.update(torch.arange(tasks), regression_figures(Mixture(0 * ones, ones), target, width=False))
-        return figures
+        metrics = TaskMetrics()
+        metrics.update(torch.arange(tasks), regression_metrics(Mixture(0 * ones, ones), target, width=False))
+        return metrics
 
     several = [draw().compute() for _ in range(150)]
     spread = 1.96 * np.std([result["coverage_error"] for result in several])

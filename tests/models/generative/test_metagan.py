@@ -130,7 +130,7 @@ def test_each_player_gets_the_gradient_of_its_own_loss(kind):
     for name, a, b in zip([*of_d, *of_g], got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
     assert loss.item() == pytest.approx((d_loss + g_loss + 0.2 * divergence).item(), rel=1e-10)
-    assert kept["figures"]["generator_loss"].item() == pytest.approx(g_loss.item(), rel=1e-10)
+    assert kept["metrics"]["generator_loss"].item() == pytest.approx(g_loss.item(), rel=1e-10)
 
     def logits(x: Tensor) -> Tensor:
         return logits_of(learner, task, x)

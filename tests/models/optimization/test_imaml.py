@@ -289,11 +289,11 @@ def test_evaluation_has_its_own_steps_and_lambda():
 
 
 def test_the_inner_gradient_is_reported_for_each_task(tmp_path):
-    """Catches a figure of another point or without the penalty: by autograd, of the support loss with it."""
+    """Catches a metric of another point or without the penalty: by autograd, of the support loss with it."""
     learner = smooth(inner_steps=2)
     batch = classification()
-    figures = learner.map(lambda task: learner.objective(task)[2]["figures"]["inner_gradient"], batch)
-    for task, figure in zip((batch[0], batch[1]), figures, strict=True):
+    metrics = learner.map(lambda task: learner.objective(task)[2]["metrics"]["inner_gradient"], batch)
+    for task, metric in zip((batch[0], batch[1]), metrics, strict=True):
         state = learner.adapt(task.support).parameters
         moved = {n: p.detach().requires_grad_() for n, p in state.items() if ".norm." not in n}
         fixed = {n: p for n, p in state.items() if ".norm." in n}
@@ -304,7 +304,7 @@ def test_the_inner_gradient_is_reported_for_each_task(tmp_path):
         loss = loss + 2 * sum((p - named[n].detach()).square().sum() for n, p in moved.items())  # λ/2 = 2
         loss.backward()
         expected = torch.cat([p.grad.flatten() for p in moved.values()]).norm()
-        torch.testing.assert_close(figure, expected)
+        torch.testing.assert_close(metric, expected)
 
     main(command("IMAML", tmp_path, "--trainer.log_every_n_steps", "3", steps=6))
     with open(tmp_path / "imaml" / "metrics.csv", newline="") as file:

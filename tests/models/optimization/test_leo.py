@@ -79,7 +79,7 @@ def test_codes_are_means_over_all_pairs():
 def test_divergence_from_the_prior_in_closed_form_and_by_draws():
     """Catches KL with its arguments swapped or deviations taken for variances, and draws of another Gaussian."""
     learner, task = on_features().train(), feature_task()
-    kl = learner.objective(task)[2]["figures"]["kl"]
+    kl = learner.objective(task)[2]["metrics"]["kl"]
     mean, deviation = encoded(learner, task.support)
     np.testing.assert_allclose(kl, np.mean((deviation**2 + mean**2 - 1) / 2 - np.log(deviation)), rtol=1e-10)
     q = learner.encode(task.support.x, task.support)
@@ -145,7 +145,7 @@ def test_objective_is_query_loss_and_four_penalties():
     z, _ = encoded(learner, task.support)
     codes = learner.codes(task.support.x, torch.from_numpy(z), task.support)
     moved = ((list(codes)[-1].detach().numpy() - z) ** 2).mean()
-    assert kept["figures"]["encoder_penalty"].item() == pytest.approx(moved, rel=1e-9)
+    assert kept["metrics"]["encoder_penalty"].item() == pytest.approx(moved, rel=1e-9)
     squares = sum((w[n] ** 2).sum() for n in w if n.endswith("weight"))
     decoder, latents = w["decoder.weight"], 3
     off = 0.0
@@ -158,10 +158,10 @@ def test_objective_is_query_loss_and_four_penalties():
     drawing = on_features().train()
     torch.manual_seed(0)
     whole, prediction, kept = drawing.objective(task)
-    figures = kept["figures"]
-    rest = F.cross_entropy(prediction, task.query_y) + 0.2 * figures["encoder_penalty"] + 0.01 * squares + 0.5 * off
-    assert whole.item() == pytest.approx((rest + 0.3 * figures["kl"]).item(), rel=1e-10)
-    assert figures["kl"] > 0.01
+    metrics = kept["metrics"]
+    rest = F.cross_entropy(prediction, task.query_y) + 0.2 * metrics["encoder_penalty"] + 0.01 * squares + 0.5 * off
+    assert whole.item() == pytest.approx((rest + 0.3 * metrics["kl"]).item(), rel=1e-10)
+    assert metrics["kl"] > 0.01
 
 
 def check_meta_gradient(learner: LEO, batch) -> None:

@@ -110,7 +110,7 @@ def test_inner_adam_is_pytorchs_and_goes_on_from_the_last_tasks_moments(tmp_path
             adam.step()
         _, _, kept = learner.map(learner.objective, batch)
         torch.testing.assert_close(direction(learner, batch), theta - parameter.detach(), rtol=1e-9, atol=1e-12)
-        learner.keep({name: value.mean(0) for name, value in kept.items()})
+        learner.update_from_tasks({name: value.mean(0) for name, value in kept.items()})
     assert learner.updates == 6
     before = {n: b.clone() for n, b in learner.moments.named_buffers()}
     learner.eval()

@@ -277,7 +277,7 @@ def test_evaluation_adapts_to_each_task_step_by_step():
     batch = navigation(3)
     with torch.inference_mode():
         learner.evaluation_step(batch, "val")
-    table = learner.task_figures("val").table()
+    table = learner.stage_metrics("val").table()
     assert not any(v.requires_grad for v in table.values())
     environment = DenseNavigation(4)
     for task in range(3):

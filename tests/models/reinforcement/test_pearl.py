@@ -250,9 +250,9 @@ def test_training_loss_weighs_the_losses(monkeypatch):
     loss = model.training_step(SimpleNamespace(meta_batch=5, index=torch.arange(TASKS)), 0)
     sums = restated(model, *arguments).sum(0).tolist()
     assert loss.item() == pytest.approx(2 * (sum(sums[:3]) / 5 + 0.3 * sums[3]), rel=1e-7)
-    figures = model.task_figures("train").compute()
+    metrics = model.stage_metrics("train").compute()
     for name, total in zip(("q_loss", "v_loss", "policy_loss", "kl"), sums, strict=True):
-        assert figures[name] == pytest.approx(total / TASKS, rel=1e-6)
+        assert metrics[name] == pytest.approx(total / TASKS, rel=1e-6)
 
 
 def test_target_follows():
@@ -305,7 +305,7 @@ def test_latents_are_of_the_prior_and_then_of_all_that_was_seen(explore, context
                 posterior = model.encoder(rows[: 4 * known].transpose(0, 1))
                 z = posterior.mean + posterior.variance.sqrt() * noise
             for t in range(4 * episode, 4 * episode + 4):
-                torch.testing.assert_close(trial.told[t], z)
+                torch.testing.assert_close(trial.extras[t], z)
                 choice = model.policy(torch.cat([trial.seen.observation[t], z], -1))
                 torch.testing.assert_close(trial.action[t], choice.sample(draws[:, t, LATENTS:]))
 
@@ -328,12 +328,12 @@ def test_evaluation_acts_by_the_mode():
     with torch.no_grad():
         for training, deterministic in ((False, True), (True, False)):
             trial = run_trial(batch, model.train(training).agent())
-            mode = model.policy(torch.cat([trial.seen.observation, trial.told], -1)).mode()
+            mode = model.policy(torch.cat([trial.seen.observation, trial.extras], -1)).mode()
             # Products are rounded by how many rows are computed together.
             assert torch.allclose(trial.action, mode, rtol=1e-9, atol=1e-12) == deterministic
         noisy = learner(deterministic=False).eval()
         trial = run_trial(batch, noisy.agent())
-        mode = noisy.policy(torch.cat([trial.seen.observation, trial.told], -1)).mode()
+        mode = noisy.policy(torch.cat([trial.seen.observation, trial.extras], -1)).mode()
         assert not torch.allclose(trial.action, mode, rtol=1e-9, atol=1e-12)
 
 
@@ -508,7 +508,7 @@ def test_baseline_without_latents_and_oracle(revealed, tmp_path):
 def test_refusals_are_one_line(tmp_path, capsys):
     """Catches endless tasks and discrete actions that end in a traceback."""
     model = learner()
-    assert "choose models.RL2" in model.misfit(Bandits().environment)
+    assert "choose models.RL2" in model.check(Bandits().environment)
     with pytest.raises(SystemExit):
         main([a if a != "5" else "null" for a in command("PEARL", tmp_path, "--data.train_tasks", "null", steps=2)])
     assert "give --data.init_args.train_tasks" in capsys.readouterr().err.strip().splitlines()[-1]

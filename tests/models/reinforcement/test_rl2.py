@@ -96,7 +96,7 @@ def test_what_learns_is_what_acted(family, settings):
     made = learner(data, **settings)
     trial = trial_of(made, tasks(data))
     again = distribution(made, made.inputs(trial.seen))
-    for one, other in zip(again, trial.told, strict=True):
+    for one, other in zip(again, trial.extras, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert again[0].detach().std(0).min() > 1e-4  # they do change along the trial
 
@@ -110,7 +110,7 @@ def test_the_state_lasts_through_a_trial_and_no_longer():
     told = []
     for p in (0.0, 1.0, 0.0):
         batch.task = {"arms": torch.full((6, 3), p, dtype=torch.float64)}
-        told.append(trial_of(made, batch).told.logits)
+        told.append(trial_of(made, batch).extras.logits)
     none, all_of_them, none_again = told
     assert torch.equal(none, none_again)
     assert torch.equal(none[0], all_of_them[0])
@@ -144,7 +144,7 @@ def test_trials_at_the_same_time_do_not_meet():
                 seen = type(alone[k].seen)(*(part[t] for part in alone[k].seen))
                 draws = torch.zeros(4, 1, dtype=torch.float64)
                 states[k], _, choice = agent.act(states[k], seen, draws)
-                torch.testing.assert_close(choice.logits, alone[k].told.logits[t], rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(choice.logits, alone[k].extras.logits[t], rtol=1e-12, atol=1e-12)
 
 
 @EVERY
@@ -154,8 +154,8 @@ def test_greedy_is_of_evaluation_alone(family):
     made = learner(data, greedy=True)
     batch = tasks(data, range(40))
     drawn, likeliest = trial_of(made.train(), batch), trial_of(made.eval(), batch)
-    assert torch.equal(likeliest.action, likeliest.told.mode())
-    assert not torch.equal(drawn.action, drawn.told.mode())
+    assert torch.equal(likeliest.action, likeliest.extras.mode())
+    assert not torch.equal(drawn.action, drawn.extras.mode())
     assert not torch.equal(trial_of(learner(data).eval(), batch).action, likeliest.action)
 
 
@@ -337,7 +337,7 @@ def sgd(rate: float):
 def seen(monkeypatch):
     """What happens in training: the rows of each part, its divergence, and the trials."""
     events: dict[str, list] = {"rows": [], "kl": [], "trials": [], "rollouts": [], "steps": []}
-    of, losses, trial, step = Rollout.of, RL2.losses, models.rl2.run_trial, torch.optim.SGD.step
+    of, losses, trial, step = Rollout.of, RL2.losses, models.reinforcement.rl2.run_trial, torch.optim.SGD.step
 
     def recorded_losses(self, part):
         loss, kl = losses(self, part)
@@ -361,7 +361,7 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(Rollout, "of", recorded_of)
     monkeypatch.setattr(RL2, "losses", recorded_losses)
-    monkeypatch.setattr(models.rl2, "run_trial", recorded_trial)
+    monkeypatch.setattr(models.reinforcement.rl2, "run_trial", recorded_trial)
     monkeypatch.setattr(torch.optim.SGD, "step", recorded_step)
     return events
 
@@ -551,8 +551,8 @@ def runs(tmp_path_factory):
     return folder
 
 
-def figures(folder) -> dict:
-    return json.loads((folder / "results.json").read_text())["figures"]
+def metrics(folder) -> dict:
+    return json.loads((folder / "results.json").read_text())["metrics"]
 
 
 def test_figures_do_not_depend_on_the_size_of_batches(runs, tmp_path):
@@ -561,14 +561,14 @@ def test_figures_do_not_depend_on_the_size_of_batches(runs, tmp_path):
     for size in ("30", "7", "1"):
         out = tmp_path / size
         evaluate([*checkpoint, "--out", str(out), "--data.init_args.eval_batch_size", size])
-        assert figures(out) == figures(runs / "one")
+        assert metrics(out) == metrics(runs / "one")
 
 
 def test_evaluates_trials_of_other_lengths(runs, tmp_path):
     """Catches --episodes that is ignored: 40 pulls bring more than the 4 of training, and the first is the same."""
     checkpoint = ["--ckpt_path", str(runs / "one" / "checkpoints" / "best.ckpt"), "--out", str(tmp_path)]
     evaluate([*checkpoint, "--episodes", "40"])
-    longer, trained = figures(tmp_path), figures(runs / "one")
+    longer, trained = metrics(tmp_path), metrics(runs / "one")
     assert longer["first_episode"]["mean"] == trained["first_episode"]["mean"]
     assert 5 < longer["return"]["mean"] / trained["return"]["mean"] < 20
     with np.load(tmp_path / "test_tasks.npz") as kept:
@@ -581,11 +581,11 @@ def test_two_runs_are_compared_on_the_same_environments(runs, tmp_path, capsys):
     compare([str(runs / "one"), str(runs / "two"), "--out", str(tmp_path)])
     content = json.loads((tmp_path / "comparison.json").read_text())
     assert content["tasks"] == 30 and content["episodes"] == 4
-    told = {row["learner"]: row["figures"]["return"]["mean"] for row in content["learners"]}
+    told = {row["learner"]: row["metrics"]["return"]["mean"] for row in content["learners"]}
     (difference,) = content["differences"]
-    assert difference["figures"]["return"]["mean"] == pytest.approx(told["one"] - told["two"], abs=1e-9)
-    regret = difference["figures"]["regret"]["mean"]
-    assert regret == pytest.approx(-difference["figures"]["return"]["mean"], abs=1e-6)  # of the same optimum
+    assert difference["metrics"]["return"]["mean"] == pytest.approx(told["one"] - told["two"], abs=1e-9)
+    regret = difference["metrics"]["regret"]["mean"]
+    assert regret == pytest.approx(-difference["metrics"]["return"]["mean"], abs=1e-6)  # of the same optimum
     capsys.readouterr()
     checkpoint = ["--ckpt_path", str(runs / "two" / "checkpoints" / "best.ckpt"), "--out", str(tmp_path / "longer")]
     evaluate([*checkpoint, "--episodes", "5"])

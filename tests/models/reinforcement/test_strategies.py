@@ -19,8 +19,8 @@ KINDS = {"BanditStrategy": get_args(BanditStrategies), "MDPStrategy": get_args(M
 EVERY = [(name, strategy) for name, of_kind in KINDS.items() for strategy in of_kind]
 
 
-def figures(name: str, folder, *flags: str) -> dict[str, np.ndarray]:
-    """The figures of every task that a test of 12 left."""
+def metrics(name: str, folder, *flags: str) -> dict[str, np.ndarray]:
+    """The metrics of every task that a test of 12 left."""
     main(evaluation(name, folder, *flags))
     with np.load(folder / name.lower() / "test_tasks.npz") as content:
         return {key: content[key] for key in content.files}
@@ -37,7 +37,7 @@ def test_every_strategy_has_a_toy_configuration():
 def test_figures_depend_on_the_tasks_alone(name, strategy, tmp_path):
     """Catches chance that depends on how tasks are batched, or that differs between runs."""
     first, other = (
-        figures(name, tmp_path / size, "--model.strategy", strategy, "--data.eval_batch_size", size)
+        metrics(name, tmp_path / size, "--model.strategy", strategy, "--data.eval_batch_size", size)
         for size in ("12", "5")
     )
     assert len(first["index"]) == 12 and first["returns"].std() > 0
@@ -57,7 +57,7 @@ def test_training_is_refused(name, tmp_path, capsys):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_configuration_left_behind_runs_again(name, tmp_path):
     """Catches a run whose own configuration is missing, or asks for a training."""
-    first = figures(name, tmp_path)
+    first = metrics(name, tmp_path)
     main(["--config", str(tmp_path / name.lower() / "config.yaml"), "--name", "again"])
     with np.load(tmp_path / "again" / "test_tasks.npz") as content:
         np.testing.assert_array_equal(content["return"], first["return"])
@@ -72,10 +72,10 @@ def test_compares_with_another(name, tmp_path, capsys):
     assert "Paired differences" in capsys.readouterr().out
     content = json.loads((tmp_path / "comparisons" / "greedy-random" / "comparison.json").read_text())
     returns = [
-        json.loads((tmp_path / s / "results.json").read_text())["figures"]["return"]["mean"]
+        json.loads((tmp_path / s / "results.json").read_text())["metrics"]["return"]["mean"]
         for s in ("greedy", "random")
     ]
-    assert content["differences"][0]["figures"]["return"]["mean"] == pytest.approx(returns[0] - returns[1])
+    assert content["differences"][0]["metrics"]["return"]["mean"] == pytest.approx(returns[0] - returns[1])
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_clusters_become_families(seed):
         scheduler.step()
     test = data.distribution("test").sample(range(2000))
     with torch.no_grad():
-        table = learner.eval().traits(test)["families"].sum(0)
+        table = learner.eval().task_metrics(test)["families"].sum(0)
     assert table.sum(1).tolist() == torch.bincount(test.task["family"]).tolist()
     assert mutual_information(table) >= 0.6, table
 
@@ -344,9 +344,9 @@ def test_reconstruction_counts_as_much_as_its_weight():
         learner = functions(reconstruction_weight=weight)
         loss, prediction, kept = learner.objective(task)
         values[weight] = loss.item()
-        assert kept["figures"]["reconstruction"].item() == pytest.approx(learner.encode(task.support)[1].item())
+        assert kept["metrics"]["reconstruction"].item() == pytest.approx(learner.encode(task.support)[1].item())
         assert values[0.0] == pytest.approx(((prediction - task.query_y) ** 2).mean().item())
-        assert loss.item() == pytest.approx(values[0.0] + weight * kept["figures"]["reconstruction"].item())
+        assert loss.item() == pytest.approx(values[0.0] + weight * kept["metrics"]["reconstruction"].item())
 
 
 # Growth -------------------------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_a_cluster_is_added_where_a_window_is_so_many_times_harder_than_the_one_
         seen.append(active)
     got = []
     for loss in losses:
-        learner.keep({"query_loss": torch.tensor(float(loss), dtype=DOUBLE)})
+        learner.update_from_tasks({"query_loss": torch.tensor(float(loss), dtype=DOUBLE)})
         got.append(learner.active.item())
     assert got[2::3] == seen
     assert got[0] == 2
