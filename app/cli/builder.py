@@ -26,14 +26,16 @@ from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
 from app.runs.directory import choose_run
 from app.runs.metrics_csv import MetricsCSV
 from app.runs.progress import TaskProgress
+from app.runs.recorder import Recorder
 from app.runs.results import print_results, results, write_results
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.errors import ConfigError, DataError
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO
 from models.core.learner import MetaLearner
-from models.core.metrics import HEADLINES
+from models.core.metrics import as_results
 from models.core.pretrained import load_pretrained
+from models.core.task_kinds import KINDS
 from models.reinforcement.learner import ReinforcementLearner
 
 Stage = Literal["fit", "validate", "test"]
@@ -131,16 +133,17 @@ class MetaboltCLI(LightningCLI):
             )
         stage = self.setting("stage")
         self.run_dir, self.ckpt_path = self.choose_folder(stage)
-        metric, better = HEADLINES[data.kind]
+        kind = KINDS[data.kind]
+        headline = kind.metrics[kind.headline]
         trainer_settings = self._get(self.config_init, "trainer")
         own: list[pl.Callback] = [RunFiles(self)]
         if trainer_settings.get("enable_progress_bar") is not False:
-            own.append(TaskProgress(metric))
+            own.append(TaskProgress(kind.headline, headline))
         if stage == "fit" and not trainer_settings.get("fast_dev_run"):
             folder = self.run_dir / CHECKPOINTS
             own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
             if trainer_settings.get("limit_val_batches") != 0:
-                own.append(BestCheckpoint(folder, f"val/{metric}", better))
+                own.append(BestCheckpoint(folder, f"val/{kind.headline}", headline.better))
         callbacks = trainer_settings.get("callbacks") or []
         loggers: list[Any] = [] if trainer_settings.get("fast_dev_run") else self.loggers(own)
         trainer = super().instantiate_trainer(
@@ -162,7 +165,8 @@ class MetaboltCLI(LightningCLI):
 
     def dashboards(self, callbacks: list[pl.Callback]) -> list[Any]:
         """Loggers beyond the CSV file, and the callback that draws for them and for the run directory."""
-        callbacks.append(Dashboard(self.run_dir, pictures=self.setting("pictures")))
+        recorder = Recorder(self.run_dir)  # before what draws from it
+        callbacks += [recorder, Dashboard(self.run_dir, recorder, pictures=self.setting("pictures"))]
         config = yaml.safe_load(self.yaml())
         logger = wandb_logger(self.setting("wandb"), self.setting("project"), self.run_dir.name, self.run_dir, config)
         return [] if logger is None else [logger]
@@ -264,7 +268,7 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
         write_results(content, cli.run_dir / "results.json")
     hints = [f"again: python train.py --config {cli.run_dir}/config.yaml --stage test"]
     hints += [hint for logger in cli.trainer.loggers if isinstance(logger, WandbRun) for hint in logger.hints()]
-    print_results(content, cli.run_dir, hints)
+    print_results(content, as_results(cli.model.all_metrics()), cli.run_dir, hints)
 
 
 def run(cli: MetaboltCLI) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.core.episodes import Episodes, EvaluationTasks, TaskDistribution, TrainingTasks, episode_loader
 from datamodules.core.errors import at_least
+from datamodules.core.metric import Metric
 
 
 class EpisodicDataModule(LightningDataModule):
@@ -45,6 +47,15 @@ class EpisodicDataModule(LightningDataModule):
         self.workers = workers
         self.seed = seed
         self._distributions: dict[str, TaskDistribution] = {}
+
+    def task_shape(self) -> dict[str, int]:
+        """What a meta-test task looks like: ways, shots and queries; or episodes; by the names of the settings."""
+        return {}
+
+    @property
+    def own_metrics(self) -> dict[str, Metric]:
+        """What it measures of a task beside the metrics of its kind, by name."""
+        return {}
 
     def build(self, split: str) -> TaskDistribution:
         """The distribution of one split ("train", "val" or "test"), from what ``prepare_data`` left on disk."""
@@ -89,3 +100,11 @@ class EpisodicDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Episodes, dataloader_idx: int) -> Episodes:
         ready = self.on_device(batch)
         return ready if self.trainer is None else self.trainer.precision_plugin.convert_input(ready)  # 64-true, 16-true
+
+
+def shape_text(shape: Mapping[str, int]) -> str:
+    """A task's shape as people say it: "5-way 1-shot", "trials of 3 episodes"."""
+    words = [f"{shape['ways']}-way"] if shape.get("ways") else []
+    words += [f"{shape['shots']}-shot"] if shape.get("shots") else []
+    words += [f"trials of {shape['episodes']} episodes"] if shape.get("episodes") else []
+    return " ".join(words)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -98,6 +98,7 @@ class Episodes(MetaBatch):
         support_rows, query_rows: (T, S) and (T, Q), which image of the split each input is; None where inputs are drawn
             anew for every task.
         unlabelled_x: (T, U, *input), of each task's classes, other images than support and queries; None without.
+        task_groups: see TaskDistribution.
     """
 
     support_x: Tensor
@@ -111,6 +112,7 @@ class Episodes(MetaBatch):
     support_rows: Tensor | None = None
     query_rows: Tensor | None = None
     unlabelled_x: Tensor | None = None
+    task_groups: tuple[str, tuple[str, ...]] | None = None
 
     def fingerprint(self) -> Tensor:
         """A number by which to know each task again, (T,).
@@ -129,10 +131,37 @@ class Episodes(MetaBatch):
         return Task(support, self.query_x[i], self.query_y[i])
 
 
-class TaskDistribution(Protocol):
-    """A distribution over tasks: episode i of a split is a pure function of (seed, split, i)."""
+class TaskDistribution:
+    """A distribution over tasks: episode i of a split is a pure function of (seed, split, i).
 
-    def sample(self, indices: Sequence[int]) -> MetaBatch: ...
+    What is not known of its tasks is None.
+
+    Attributes:
+        seed: of the episodes.
+        class_names, group_names: by the class ids of ``Episodes.task["classes"]``, names and groups of the classes.
+        task_groups: what kinds of tasks there are: the fact that has each task's number, and their names by it.
+        x_range: that inputs of one number lie in.
+    """
+
+    seed: int | None = None
+    task_groups: tuple[str, tuple[str, ...]] | None = None
+    x_range: tuple[float, float] | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return None
+
+    @property
+    def group_names(self) -> list[str] | None:
+        return None
+
+    def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor | None:
+        """The true functions of tasks (T, …) at inputs (N, 1), without noise, (T, N, 1)."""
+        return None
+
+    def sample(self, indices: Sequence[int]) -> MetaBatch:
+        """The tasks of these numbers."""
+        raise NotImplementedError
 
 
 class EpisodeDataset(Dataset):

@@ -72,6 +72,7 @@ class Baseline(EmbeddingLearner):
         self.momentum, self.dampening, self.weight_decay = momentum, dampening, weight_decay
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage == "fit":
             names = getattr(self.trainer.datamodule.distribution("train"), "class_names", None)
             if names is None or len(names) != self.classes:

@@ -13,7 +13,7 @@ from datamodules.core.episodes import Support, Task
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import Adapted, Parameters, adapted, call, for_ways, sgd_path, split_parameters
 from models.core.learner import Paper
-from models.generative.adversary import GAN, Adversary
+from models.generative.adversary import GAN, OWN_METRICS, Adversary
 from models.metric.relation_net import RelationNet
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode
@@ -64,6 +64,7 @@ class MetaGAN(GradientLearner):
     """
 
     paper = PAPER
+    own_metrics = OWN_METRICS
     tasks = frozenset({"classification"})
 
     def __init__(
@@ -107,6 +108,9 @@ class MetaGAN(GradientLearner):
     def predict(self, state: Adapted, query_x: Tensor) -> Tensor:
         return self.logits(state, query_x)[:, :-1]
 
+    def generated_images(self, support: Support, count: int) -> Tensor:
+        return self.adversary(support, count)[0]
+
     def objective(self, task: Task) -> tuple[Any, ...]:
         state = self.adapt(task.support)
         return self.adversary.objective(lambda x: self.logits(state, x), task)
@@ -127,6 +131,7 @@ class MetaGANRelation(RelationNet):
     """
 
     paper = PAPER
+    own_metrics = OWN_METRICS
 
     def __init__(
         self,
@@ -139,6 +144,9 @@ class MetaGANRelation(RelationNet):
     ) -> None:
         super().__init__(backbone, "cross_entropy", filters, hidden, padding, **others)
         self.adversary = Adversary(backbone.input_shape, gan)
+
+    def generated_images(self, support: Support, count: int) -> Tensor:
+        return self.adversary(support, count)[0]
 
     def objective(self, task: Task) -> tuple[Any, ...]:
         support = task.support

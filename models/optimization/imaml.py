@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
+from datamodules.core.metric import Metric
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import (
     Adapted,
@@ -66,6 +67,8 @@ class IMAML(GradientLearner):
         "https://arxiv.org/abs/1909.04630",
     )
     tasks = frozenset({"classification", "regression"})
+
+    own_metrics = {"inner_gradient": Metric("lower")}
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import at_least
-from datamodules.regression.functions import FAMILIES
+from datamodules.core.metric import Metric
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import (
     Adapted,
@@ -77,6 +77,12 @@ class HSML(GradientLearner):
     active: Tensor
     counted: Tensor
     losses: Tensor
+
+    own_metrics = {
+        "reconstruction": Metric("lower"),
+        "assignment_entropy": Metric(),
+        "families": Metric("higher", "mutual information of clusters and families", pooled="nmi"),
+    }
 
     def __init__(
         self,
@@ -199,10 +205,11 @@ class HSML(GradientLearner):
         return self.map(of, episodes)
 
     def task_metrics(self, batch: Episodes) -> dict[str, Tensor]:
-        """Where the families of functions are known, each task's place in the table of families and clusters."""
-        if "family" not in batch.task:
+        """Where groups of tasks are known, each task's place in the table of groups and clusters."""
+        if batch.task_groups is None:
             return {}
-        family = F.one_hot(batch.task["family"], len(FAMILIES))
+        fact, names = batch.task_groups
+        family = F.one_hot(batch.task[fact], len(names))
         cluster = F.one_hot(self.assignments(batch).argmax(-1), self.capacity)
         return {"families": (family[:, :, None] * cluster[:, None]).float()}
 

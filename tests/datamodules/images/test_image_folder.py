@@ -321,9 +321,7 @@ def test_settings_reach_it_from_the_command_line(root: Path) -> None:
     parser.add_subclass_arguments(ImageDataModule, "data")
     settings = [f"root={root}", "size=8", "channels=1", "ways=2", "queries=1", "fractions=[0.5,0.3,0.2]"]
     lists = ["train_classes=[class0,class1]", "val_classes=val.txt", "test_classes=[class4,class5]"]
-    parsed = parser.parse_args(
-        ["--data=datamodules.image_folder.ImageFolder", *(f"--data.init_args.{s}" for s in settings + lists)]
-    )
+    parsed = parser.parse_args(["--data=datamodules.ImageFolder", *(f"--data.init_args.{s}" for s in settings + lists)])
     data = ImageFolder(**parsed.data.init_args)
     assert (data.size, data.channels, list(data.fractions)) == (8, 1, [0.5, 0.3, 0.2])
     assert data.lists == {"train": ["class0", "class1"], "val": "val.txt", "test": ["class4", "class5"]}
