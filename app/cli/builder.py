@@ -19,6 +19,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from app.cli.base_configs import with_bases
 from app.cli.suggestions import Parser, one_line_errors
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
@@ -72,7 +73,7 @@ class MetaboltCLI(LightningCLI):
                 "enable_model_summary": False,
                 "max_epochs": -1,
             },
-            args=list(args) if args is not None else None,
+            args=with_bases(sys.argv[1:] if args is None else args),
             **kwargs,
         )
 
