@@ -29,6 +29,7 @@ from app.runs.metrics_csv import MetricsCSV
 from app.runs.progress import TaskProgress
 from app.runs.recorder import Recorder
 from app.runs.results import print_results, results, write_results
+from app.runs.stopwatch import Stopwatch
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.errors import ConfigError, DataError
 from datamodules.core.files import write_atomically
@@ -138,10 +139,12 @@ class MetaboltCLI(LightningCLI):
         headline = kind.metrics[kind.headline]
         trainer_settings = self._get(self.config_init, "trainer")
         own: list[pl.Callback] = [RunFiles(self)]
+        self.stopwatch = Stopwatch()
         if trainer_settings.get("enable_progress_bar") is not False:
             own.append(TaskProgress(kind.headline, headline))
         if stage == "fit" and not trainer_settings.get("fast_dev_run"):
             folder = self.run_dir / CHECKPOINTS
+            own.append(self.stopwatch)
             own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
             if trainer_settings.get("limit_val_batches") != 0:
                 own.append(BestCheckpoint(folder, f"val/{kind.headline}", headline.better))
@@ -262,6 +265,7 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
         "seed": cli.datamodule.seed,
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "meta_steps": cli.trainer.global_step,
+        "training": {name: round(value, 1) for name, value in cli.stopwatch.state_dict().items()},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     content = results(cli.model, cli.datamodule, facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -35,6 +36,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The processor's model, with the number of threads that compute on it."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
 def results(learner: MetaLearner, data: EpisodicDataModule, facts: dict[str, Any]) -> dict[str, Any]:
     """Everything that a test measured and what it was measured on, ready for JSON.
 
@@ -54,6 +64,7 @@ def results(learner: MetaLearner, data: EpisodicDataModule, facts: dict[str, Any
         "transductive": learner.transductive,
         "batch_norm": learner.batch_norm if any(isinstance(m, BatchNorm) for m in learner.modules()) else None,
         **facts,
+        "processor": processor(),
         "device": "cpu" if learner.device.type == "cpu" else torch.cuda.get_device_name(learner.device),
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
