@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import ConfigError, at_least
+from models.core.base_learner import Parameters
 from models.core.embedding_learner import Embedded, EmbeddingLearner
-from models.core.inner_loop import Adapted, Parameters, adapted, call, class_means, inner_gradient, mini_batches, query
+from models.core.inner_loop import Adapted, adapted, call, class_means, inner_gradient, mini_batches, query
 from models.core.learner import Paper
 from models.networks.backbones import Backbone
 

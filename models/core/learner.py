@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import ConfigError
 from datamodules.core.metric import Metric
+from models.core.base_learner import BaseLearner
 from models.core.metrics import FINGERPRINT, TaskMetrics, classification_metrics, regression_metrics
 from models.core.predictions import Mixture, Prediction
 from models.core.task_kinds import KINDS
@@ -123,6 +124,11 @@ class MetaLearner(pl.LightningModule):
     def generated_images(self, support: Support, count: int) -> Tensor | None:
         """So many images (count, C, H, W) that it makes for a task, as bright as they are; None where it makes none."""
         return None
+
+    def class_rows(self) -> dict[str, Tensor]:
+        """Parameters with a row for each class, by name: of base learners' heads, and what an algorithm adds."""
+        heads = {n: m for n, m in self.named_modules() if isinstance(m, BaseLearner)}
+        return {f"{n}.{own}": p for n, head in heads.items() for own, p in head.head_parameters().items()}
 
     @property
     def statistics_source(self) -> Literal["batch", "running", "none"]:

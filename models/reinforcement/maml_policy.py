@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from datamodules.core.errors import at_least
 from datamodules.core.metric import Metric
 from datamodules.reinforcement.environments import Environment, Environments, Facts
-from models.core.inner_loop import Parameters, call, last, sgd_path
+from models.core.base_learner import Parameters
+from models.core.inner_loop import call, last, sgd_path
 from models.core.learner import Paper
 from models.core.task_map import map_tasks
 from models.reinforcement.learner import ReinforcementLearner
