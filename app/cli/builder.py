@@ -17,7 +17,7 @@ import torch
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from app.cli.base_configs import with_bases
 from app.cli.suggestions import Parser, one_line_errors
@@ -29,6 +29,7 @@ from app.runs.metrics_csv import MetricsCSV
 from app.runs.progress import TaskProgress
 from app.runs.recorder import Recorder
 from app.runs.results import print_results, results, write_results
+from app.runs.resume import cosine_shorter_than, reconcile
 from app.runs.stopwatch import Stopwatch
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.errors import ConfigError, DataError
@@ -145,9 +146,10 @@ class MetaboltCLI(LightningCLI):
         if stage == "fit" and not trainer_settings.get("fast_dev_run"):
             folder = self.run_dir / CHECKPOINTS
             own.append(self.stopwatch)
-            own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
             if trainer_settings.get("limit_val_batches") != 0:
                 own.append(BestCheckpoint(folder, f"val/{kind.headline}", headline.better))
+            # After all others: what it saves has the state that a validation left them in.
+            own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
         callbacks = trainer_settings.get("callbacks") or []
         loggers: list[Any] = [] if trainer_settings.get("fast_dev_run") else self.loggers(own)
         trainer = super().instantiate_trainer(
@@ -239,6 +241,12 @@ class RunFiles(pl.Callback):
             write_atomically(path, self.config)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            if (length := cosine_shorter_than(config.scheduler, trainer.max_steps)) is not None:
+                rank_zero_warn(
+                    f"the rate's cosine has fallen after {length} of {trainer.max_steps} meta-updates and rises again: "
+                    f"give --model.init_args.scheduler.init_args.T_max {trainer.max_steps}"
+                )
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.start_at(trainer.global_step)
@@ -249,13 +257,8 @@ class RunFiles(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
-        configs = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))
-        was, now = ((c["model"]["init_args"].get("optimizer") or {}).get("class_path") for c in configs)
-        if was != now:
-            raise ConfigError(
-                f"the run has the state of {was}, with which {now} cannot go on: leave the optimizer as it was, or "
-                "start a new run"
-            )
+        was, now = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))
+        reconcile(trainer, pl_module, checkpoint, was, now)
 
 
 @rank_zero_only

@@ -180,32 +180,31 @@ class EpisodeDataset(Dataset):
 
 
 class TrainingTasks(Sampler[list[int]]):
-    """The endless walk through the training tasks: meta-step s uses tasks [s*B, (s+1)*B), each process its share.
+    """The endless walk through the training tasks, B after B, each process its share.
 
     Args:
         meta_batch: B, the tasks of one meta-step over all processes; at least one for each process.
         rank: this process.
         world_size: number of processes.
-        first_step: called when iteration starts; the meta-step to start at (more than 0 after a resume).
+        first_task: called when iteration starts; the number of the task to start at (more than 0 after a resume).
 
     Raises:
         ValueError: fewer tasks than processes.
     """
 
-    def __init__(self, meta_batch: int, rank: int, world_size: int, first_step: Callable[[], int]) -> None:
+    def __init__(self, meta_batch: int, rank: int, world_size: int, first_task: Callable[[], int]) -> None:
         if meta_batch < world_size:
             raise ValueError(
                 f"meta_batch_size is {meta_batch} but there are {world_size} processes: give each at least one task "
                 f"(--data.init_args.meta_batch_size {world_size}) or use fewer devices"
             )
-        self.meta_batch, self.rank, self.world_size, self.first_step = meta_batch, rank, world_size, first_step
+        self.meta_batch, self.rank, self.world_size, self.first_task = meta_batch, rank, world_size, first_task
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.first_step()
+        start = self.first_task()
         while True:
-            start = step * self.meta_batch
             yield list(range(start + self.rank, start + self.meta_batch, self.world_size))
-            step += 1
+            start += self.meta_batch
 
 
 class EvaluationTasks(Sampler[list[int]]):

@@ -213,7 +213,7 @@ class MetaLearner(pl.LightningModule):
     @property
     def tasks_seen(self) -> int:
         """Training tasks consumed so far, over all processes and resumes."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready * self.trainer.datamodule.meta_batch_size
+        return self.trainer.datamodule.tasks_seen
 
     @property
     def meta_updates(self) -> int:
