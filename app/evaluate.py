@@ -64,7 +64,7 @@ class EvaluationCLI(FromCheckpoint):
         return folder, self.trained.path
 
     def loggers(self, callbacks: list[pl.Callback]) -> list[Any]:
-        recorder = Recorder(self.run_dir)
+        recorder = Recorder(self.run_dir, self.setting("open_set_tasks"))
         dashboard = Dashboard(self.run_dir, recorder, pictures=self.setting("pictures"))
         callbacks += [ReadyTasks(self.options.seed), recorder, dashboard]
         return []

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import pytorch_lightning as pl
 import torch
 import yaml
+from jsonargparse.typing import NonNegativeInt
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -97,6 +98,12 @@ class MetaboltCLI(LightningCLI):
         )
         parser.add_argument("--project", type=str, default="metabolt", help="Weights & Biases project.")
         parser.add_argument(
+            "--open_set_tasks",
+            type=NonNegativeInt,
+            default=600,
+            help="Test tasks that are also asked about queries of classes that they do not have; 0 for none.",
+        )
+        parser.add_argument(
             "--pictures", type=bool, default=True, help="Draw at validations and after the test; false for sweeps."
         )
 
@@ -171,7 +178,7 @@ class MetaboltCLI(LightningCLI):
 
     def dashboards(self, callbacks: list[pl.Callback]) -> list[Any]:
         """Loggers beyond the CSV file, and the callback that draws for them and for the run directory."""
-        recorder = Recorder(self.run_dir)  # before what draws from it
+        recorder = Recorder(self.run_dir, self.setting("open_set_tasks"))  # before what draws from it
         callbacks += [recorder, Dashboard(self.run_dir, recorder, pictures=self.setting("pictures"))]
         config = yaml.safe_load(self.yaml())
         logger = wandb_logger(self.setting("wandb"), self.setting("project"), self.run_dir.name, self.run_dir, config)

@@ -10,13 +10,20 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from app.runs.probe import Probe
-from datamodules.core.episodes import Task
+from datamodules.core.episodes import Episodes
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Of the predictive distribution, nats: (…, ways) to (…,)."""
     log_p = logits.double().log_softmax(-1)
     return -torch.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+
+
+def with_the_next(episodes: Episodes) -> Episodes:
+    """All tasks but the last, each asked about its own queries and then about the next one's."""
+    own, rows = episodes.apply(lambda t: t[:-1]), episodes.query_rows
+    both = None if rows is None else torch.cat([rows[:-1], rows[1:]], 1)
+    return replace(own, query_x=torch.cat([own.query_x, episodes.query_x[1:]], 1), query_rows=both)
 
 
 @dataclass
@@ -53,13 +60,7 @@ class OpenSet:
             classes = stored.task["classes"]
             of_next = classes[1:].gather(1, stored.query_y[1:].long())
             kept.append((of_next[:, :, None] != classes[:-1, None]).all(-1))
-
-            def both(task: Task, queries: int = queries) -> Tensor:
-                state = learner.adapt(task.support)
-                return torch.stack([learner.predict(state, x) for x in task.query_x.split(queries)])
-
-            own = ready.apply(lambda t: t[:-1])
-            logits = learner.map(both, replace(own, query_x=torch.cat([own.query_x, ready.query_x[1:]], 1)))
+            logits = learner.predictions_by_parts(with_the_next(ready), queries)
             entropies.append(entropy(logits).cpu())
             predicted.append(logits[:, 0].argmax(-1).cpu())
         of_both, which = torch.cat(entropies), torch.cat(kept)

@@ -98,15 +98,24 @@ class EmbeddingLearner(MetaLearner):
         prediction = self.together(support, torch.cat([support.x, task.query_x]), len(support.y))
         return self.loss(prediction, task.query_y), prediction
 
+    def embeds_once(self, batch: Episodes) -> bool:
+        """Whether an embedding depends on its image alone, and tasks share images: 10,000 tasks embed each once."""
+        by_image = self.batch_norm in ("running", "none")
+        return by_image and batch.support_rows is not None and batch.query_rows is not None
+
+    def predictions_by_parts(self, batch: Episodes, size: int) -> Tensor:
+        if not self.embeds_once(batch):
+            return super().predictions_by_parts(batch, size)
+        return self.predictions(batch).unflatten(1, (-1, size))
+
     def predictions(self, batch: Episodes) -> Any:
-        if self.batch_norm not in ("running", "none") or batch.support_rows is None or batch.query_rows is None:
+        if not self.embeds_once(batch) or batch.support_rows is None or batch.query_rows is None:
             return super().predictions(batch)
 
         def compared(task: Task) -> Tensor:
             z = task.query_x
             return self.compare(self.summarize(z[:shots], task.support), z[shots:])
 
-        # An embedding depends on its image alone, and tasks share images: 10,000 tasks embed each image once.
         with normalize_by(self.statistics_source):
             support_z = self.embedded(batch.support_x, batch.support_rows)
             query_z = self.embedded(batch.query_x, batch.query_rows)

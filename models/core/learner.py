@@ -198,6 +198,15 @@ class MetaLearner(pl.LightningModule):
         """Predictions (T, Q, …) for the queries of every task, in evaluation."""
         return self.map(lambda task: self.predict(self.adapt(task.support), task.query_x), batch)
 
+    def predictions_by_parts(self, batch: Episodes, size: int) -> Tensor:
+        """Predictions (T, parts, size, …) for queries (T, parts · size, …), each part a batch of its own."""
+
+        def by_parts(task: Task) -> Tensor:
+            state = self.adapt(task.support)
+            return torch.stack([self.predict(state, x) for x in task.query_x.split(size)])
+
+        return self.map(by_parts, batch)
+
     def evaluation_step(self, batch: Episodes, stage: str) -> None:
         prediction = self.predictions(batch)
         facts = batch.task | {FINGERPRINT: batch.fingerprint()} if stage == "test" else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from app.cli.builder import main
 from app.dashboard.confusion import Confusions
 from app.runs.open_set import OpenSet, entropy
 from app.runs.probe import Probe
 from datamodules.core.episodes import Episodes, TaskDistribution
+from models import Conv4, ProtoNet
+from models.core.learner import MetaLearner
 from models.core.task_map import map_tasks
-from tests.support.toy import ToyImages
+from tests.support.toy import ToyImages, command
 
 WAYS, QUERIES, TASKS = 4, 3, 30
 
@@ -26,6 +32,7 @@ class Recognises:
     """
 
     device, dtype = torch.device("cpu"), torch.float32
+    predictions_by_parts = MetaLearner.predictions_by_parts
 
     def __init__(self, sure: float = 3.0) -> None:
         self.sure = sure
@@ -144,6 +151,7 @@ def test_confusions_need_not_predict_again():
     learner.map = lambda f, e: torch.stack([f(e[i]) for i in range(len(e))])
     learner.adapt = lambda support: support.x.flatten(1)[:, :1]  # one noisy pixel
     learner.predict = lambda state, x: -torch.cdist(x.flatten(1)[:, :1], state)
+    learner.predictions_by_parts = partial(MetaLearner.predictions_by_parts, learner)
     probe = Probe(learner, data, "test")
     outside = OpenSet.of(probe, 10)
     assert outside is not None
@@ -151,3 +159,25 @@ def test_confusions_need_not_predict_again():
     assert again is not None and handed is not None
     assert again.wrong.sum() > 0
     assert np.array_equal(again.wrong, handed.wrong)
+
+
+@pytest.mark.parametrize("batch_norm", ["running", "support", "transductive"])
+def test_embedded_once_or_again_the_queries_of_the_next_task_are_predicted_alike(batch_norm: str):
+    """Catches foreign queries taken from the cache of embeddings under another image's row, or normalised together."""
+    data = ToyImages(ways=3, queries=2, eval_batch_size=4)
+    learner = ProtoNet(Conv4(hidden=4, image_size=16), batch_norm=batch_norm).eval()
+    plain = ProtoNet(Conv4(hidden=4, image_size=16), batch_norm=batch_norm).eval()
+    plain.load_state_dict(learner.state_dict())
+    plain.embeds_once = lambda batch: False
+    with torch.inference_mode():
+        found = [OpenSet.of(Probe(one, data, "test"), 10) for one in (learner, plain)]
+    assert found[0] is not None and found[1] is not None
+    for name in ("known", "unknown", "predicted"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), rtol=1e-5, atol=1e-6)
+    assert (learner.embedded.values is not None) == (batch_norm == "running")
+
+
+def test_no_task_need_be_asked(tmp_path: Path):
+    """Catches an option that leaves nothing out."""
+    main(command("ProtoNet", tmp_path, "--open_set_tasks", "0", steps=2))
+    assert "open_set_auroc" not in json.loads((tmp_path / "protonet" / "results.json").read_text())["metrics"]
