@@ -1,6 +1,7 @@
 """One file per task distribution; each data module is found here by name."""
 
 from datamodules.core.base import EpisodicDataModule
+from datamodules.core.episodes import Episodes, Support
 from datamodules.core.errors import DataError
 from datamodules.images.glyphs import Glyphs
 from datamodules.images.image_folder import ImageFolder
@@ -40,6 +41,7 @@ __all__ = [
     "DataError",
     "Domain",
     "EnvironmentDataModule",
+    "Episodes",
     "EpisodicDataModule",
     "FourFamily",
     "Glyphs",
@@ -55,5 +57,6 @@ __all__ = [
     "Omniglot",
     "PointRobot",
     "Sinusoid",
+    "Support",
     "TabularMDPs",
 ]

@@ -6,6 +6,7 @@ from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
+from models.core.from_checkpoint import load
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained
 from models.generative.metagan import MetaGAN, MetaGANRelation
@@ -91,4 +92,5 @@ __all__ = [
     "ResNet",
     "UnitLength",
     "WeightGenerator",
+    "load",
 ]
