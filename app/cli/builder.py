@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse.typing import NonNegativeInt
+from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -25,7 +26,8 @@ from app.cli.suggestions import Parser, one_line_errors
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
-from app.runs.directory import choose_run
+from app.runs.claim import release_unused, shared_with_children
+from app.runs.directory import RESULTS, choose_run
 from app.runs.metrics_csv import MetricsCSV
 from app.runs.progress import TaskProgress
 from app.runs.recorder import Recorder
@@ -40,7 +42,6 @@ from models.core.learner import MetaLearner
 from models.core.metrics import as_results
 from models.core.pretrained import load_pretrained
 from models.core.task_kinds import KINDS
-from models.reinforcement.learner import ReinforcementLearner
 
 Stage = Literal["fit", "validate", "test"]
 
@@ -50,12 +51,19 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
 class MetaboltCLI(LightningCLI):
-    """Builds learner, data and trainer from configuration files and flags; runs nothing by itself."""
+    """Builds learner, data and trainer from configuration files and flags; runs nothing by itself.
+
+    Args:
+        args: of the command line; None for those of the process.
+        runs: whether a run follows, which takes its directory; otherwise nothing is created.
+        **kwargs: of LightningCLI.
+    """
 
     prog: ClassVar[str] = "train.py"
     description: ClassVar[str] = "Train, validate or test a meta-learner."
 
-    def __init__(self, args: Sequence[str] | None = None, **kwargs: Any) -> None:
+    def __init__(self, args: Sequence[str] | None = None, runs: bool = False, **kwargs: Any) -> None:
+        self.takes_folder = runs
         super().__init__(
             MetaLearner,
             EpisodicDataModule,
@@ -148,7 +156,11 @@ class MetaboltCLI(LightningCLI):
         trainer_settings = self._get(self.config_init, "trainer")
         own: list[pl.Callback] = [RunFiles(self)]
         self.stopwatch = Stopwatch()
-        if trainer_settings.get("enable_progress_bar") is not False:
+        refuse_ignored(trainer_settings)
+        given = trainer_settings.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        own_bar = any(isinstance(callback, ProgressBar) for callback in given)
+        if trainer_settings.get("enable_progress_bar") is not False and not own_bar:
             own.append(TaskProgress(kind.headline, headline))
         if stage == "fit" and not trainer_settings.get("fast_dev_run"):
             folder = self.run_dir / CHECKPOINTS
@@ -157,10 +169,14 @@ class MetaboltCLI(LightningCLI):
                 own.append(BestCheckpoint(folder, f"val/{kind.headline}", headline.better))
             # After all others: what it saves has the state that a validation left them in.
             own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
-        callbacks = trainer_settings.get("callbacks") or []
         loggers: list[Any] = [] if trainer_settings.get("fast_dev_run") else self.loggers(own)
+        logger = trainer_settings.get("logger")
+        if logger is False:
+            loggers = []
+        elif logger not in (None, True):  # beside ours
+            loggers += logger if isinstance(logger, list) else [logger]
         trainer = super().instantiate_trainer(
-            callbacks=[*callbacks, *own],
+            callbacks=[*given, *own],
             logger=loggers or False,
             default_root_dir=str(self.run_dir),
             plugins=[*(trainer_settings.get("plugins") or []), AtomicCheckpointIO()],
@@ -170,7 +186,8 @@ class MetaboltCLI(LightningCLI):
 
     def choose_folder(self, stage: str) -> tuple[Path, Path | None]:
         """The run directory, and the checkpoint that the run starts from."""
-        return choose_run(Path(self.setting("runs")), self.setting("name"), self.setting("ckpt_path"), stage)
+        take = self.takes_folder and not self._get(self.config_init, "trainer").get("fast_dev_run")
+        return choose_run(Path(self.setting("runs")), self.setting("name"), self.setting("ckpt_path"), stage, take)
 
     def loggers(self, callbacks: list[pl.Callback]) -> list[Any]:
         """Where metrics are logged; loggers may add callbacks."""
@@ -186,10 +203,8 @@ class MetaboltCLI(LightningCLI):
 
     def _check(self, trainer: pl.Trainer) -> None:
         """Refuse impossible combinations before any work."""
-        if isinstance(self.model, ReinforcementLearner):
-            problem = self.model.check(self.datamodule.environment)
-            if problem is not None:
-                raise ConfigError(problem)
+        if (problem := self.model.check(self.datamodule)) is not None:
+            raise ConfigError(problem)
         trainer_settings = self._get(self.config_init, "trainer")
         own = trainer_settings.get("gradient_clip_val") or (trainer_settings.get("accumulate_grad_batches") or 1) > 1
         if own and not self.model.automatic_optimization:
@@ -227,6 +242,21 @@ class MetaboltCLI(LightningCLI):
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or self.trainer.num_devices
         if self.trainer.strategy.root_device.type == "cpu" and here > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+
+
+def refuse_ignored(trainer: Any) -> None:
+    """Refuse what a Trainer takes but a run would not heed.
+
+    Raises:
+        ConfigError: naming what to give instead.
+    """
+    if trainer.get("default_root_dir") is not None:
+        raise ConfigError("a run lives in <runs>/<name>/: give these in place of --trainer.default_root_dir")
+    if trainer.get("overfit_batches"):
+        raise ConfigError(
+            "every meta-batch has tasks of its own: to overfit few, give --data.init_args.train_tasks, where the data "
+            "has it, in place of --trainer.overfit_batches"
+        )
 
 
 class RunFiles(pl.Callback):
@@ -273,6 +303,7 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
     """results.json and the closing table."""
     facts = {
         "seed": cli.datamodule.seed,
+        "seed_everything": cli.setting("seed_everything"),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "meta_steps": cli.trainer.global_step,
         "training": {name: round(value, 1) for name, value in cli.stopwatch.state_dict().items()},
@@ -280,8 +311,9 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
     }
     content = results(cli.model, cli.datamodule, facts)
     if not cli.trainer.fast_dev_run:
-        write_results(content, cli.run_dir / "results.json")
-    hints = [f"again: python train.py --config {cli.run_dir}/config.yaml --stage test"]
+        write_results(content, cli.run_dir / RESULTS)
+    again = shlex.join(["python", "train.py", "--config", f"{cli.run_dir}/config.yaml", "--stage", "test"])
+    hints = [f"again: {again}"]
     hints += [hint for logger in cli.trainer.loggers if isinstance(logger, WandbRun) for hint in logger.hints()]
     print_results(content, as_results(cli.model.all_metrics()), cli.run_dir, hints)
 
@@ -299,7 +331,8 @@ def run(cli: MetaboltCLI) -> None:
             rank_zero_info(f"going on from {checkpoint}")
         elif cli.setting("ckpt_path"):
             rank_zero_info(f"no checkpoint of {cli.setting('name')!r} yet: starting from the beginning")
-        trainer.fit(ckpt_path=checkpoint, **common)
+        with shared_with_children():
+            trainer.fit(ckpt_path=checkpoint, **common)
         best = cli.run_dir / CHECKPOINTS / "best.ckpt"
         checkpoint = best if best.is_file() and not trainer.fast_dev_run else None
         trainer.test(ckpt_path=checkpoint, verbose=False, **common)
@@ -312,10 +345,19 @@ def run(cli: MetaboltCLI) -> None:
 
 
 def _trained(cli: MetaboltCLI) -> Path | None:
-    best = cli.run_dir / CHECKPOINTS / "best.ckpt"
-    if best.is_file():
-        return best
+    """What is tested where no checkpoint was named: the best, or else the last.
+
+    Raises:
+        ConfigError: the run left results of a training, whose checkpoints are gone.
+    """
+    for name in ("best", "last"):
+        if (file := cli.run_dir / CHECKPOINTS / f"{name}.ckpt").is_file():
+            return file
     if cli.learns:
+        if (cli.run_dir / RESULTS).is_file():
+            raise ConfigError(
+                f"{cli.run_dir} has results, but no checkpoint to test again: bring it back, or give another --name"
+            )
         rank_zero_info("no checkpoint: the learner is as it was initialised")
     return None
 
@@ -327,15 +369,16 @@ def main(args: Sequence[str] | None = None) -> None:
     cli = None
     try:
         with one_line_errors():
-            cli = MetaboltCLI(args)
+            cli = MetaboltCLI(args, runs=True)
             run(cli)
     except SIGTERMException:
         assert cli is not None
         if rank_zero_only.rank == 0:
-            again = f"python train.py --config {cli.run_dir}/config.yaml --ckpt_path last"
+            again = shlex.join(["python", "train.py", "--config", f"{cli.run_dir}/config.yaml", "--ckpt_path", "last"])
             sys.stderr.write(f"stopped at meta-update {cli.trainer.global_step}, saved; go on with: {again}\n")
         sys.exit(128 + signal.SIGTERM)
     finally:
+        release_unused()
         # Left to the interpreter's exit, the threads of the process group now and then abort it.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

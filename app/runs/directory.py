@@ -6,60 +6,93 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.runs.claim import claim, holder
 from datamodules.core.errors import ConfigError
 from models.core.checkpoint_io import CHECKPOINTS
 
 EVALUATIONS = "evaluations"  # folder of a run
+RESULTS = "results.json"
 TASKS_CSV, TASKS_NPZ = "test_tasks.csv", "test_tasks.npz"  # the metrics of every meta-test task, to read and to compare
 
 
-def _versions(runs: Path, name: str) -> list[Path]:
+def run_path(runs: Path, name: str) -> Path:
+    """The first directory of a run's name, which may have parts: ``exp/seed0``.
+
+    Raises:
+        ConfigError: a name that would lead out of ``runs``, or to no folder of its own.
+    """
+    parts = name.split("/")
+    if not name.strip() or any(part.strip() in ("", ".", "..") for part in parts):
+        raise ConfigError(f"--name {name!r} is no name of a folder in {runs}: give one, as exp or exp/seed0")
+    return runs.joinpath(*parts)
+
+
+def _versions(first: Path) -> list[Path]:
     """The directories of a run's name, oldest first: name, name-2, name-3, …"""
-    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    pattern = re.compile(re.escape(first.name) + r"(?:-(\d+))?")
     found = []
-    for path in runs.iterdir() if runs.is_dir() else []:
+    for path in first.parent.iterdir() if first.parent.is_dir() else []:
         match = pattern.fullmatch(path.name)
         if match and (path / "config.yaml").is_file():
             found.append((int(match[1] or 1), path))
     return [path for _, path in sorted(found)]
 
 
-def choose_run(runs: Path, name: str, ckpt_path: str | None, stage: str) -> tuple[Path, Path | None]:
+def choose_run(
+    runs: Path, name: str, ckpt_path: str | None, stage: str, take: bool = False
+) -> tuple[Path, Path | None]:
     """Where a run lives and which checkpoint it starts from.
-
-    Nothing is created here: processes that start together must all see the same directories, and none writes before
-    all have joined.
 
     Args:
         runs: the folder of all runs.
-        name: of the run.
+        name: of the run; with slashes, in folders of ``runs``.
         ckpt_path: None, "last", "best", or a file.
         stage: "fit" starts a new directory unless it goes on with "last"; others use the newest one of the name.
+        take: claim the directory that is trained in, see ``claim``: another start of the same name gets the next.
+            Otherwise nothing is created.
 
     Raises:
-        ConfigError: a checkpoint that is asked for and not there, unless it is "last" for fit.
+        ConfigError: a checkpoint that is asked for and not there, unless it is "last" for fit; a run that another
+            process trains; a name or a folder that cannot be.
     """
-    versions = _versions(runs, name)
-    newest = versions[-1] if versions else runs / name
-    fresh = runs / name if not versions else runs / _next(versions[-1].name, name)
+    first = run_path(runs, name)
+    versions = _versions(first)
+    newest = versions[-1] if versions else first
+    take = take and stage == "fit"
     if ckpt_path in ("last", "best"):
         file = newest / CHECKPOINTS / f"{ckpt_path}.ckpt"
-        if file.is_file():
-            return newest, file
-        if ckpt_path == "last" and stage == "fit":
-            return newest, None  # killed before its first checkpoint, or never started
-        raise ConfigError(f"no {ckpt_path} checkpoint at {file}: train first, or give --ckpt_path a file")
+        if not file.is_file() and not (ckpt_path == "last" and stage == "fit"):
+            raise ConfigError(f"no {ckpt_path} checkpoint at {file}: train first, or give --ckpt_path a file")
+        if take and not _claimed(newest):
+            other = holder(newest)
+            raise ConfigError(
+                f"{newest} is trained by process {other.pid if other else '?'} just now: wait for it, or give another "
+                "--name"
+            )
+        return newest, file if file.is_file() else None  # None: killed before its first checkpoint, or never started
+    file = None
     if ckpt_path:
         file = Path(ckpt_path)
         if not file.is_file():
             raise ConfigError(f"no checkpoint at {file}: --ckpt_path takes last, best or an existing file")
-        return (fresh if stage == "fit" else newest), file
-    return (fresh if stage == "fit" else newest), None
+    if stage != "fit":
+        return newest, file
+    number = 1 if not versions else int(versions[-1].name[len(first.name) + 1 :] or 1) + 1
+    while True:
+        folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        # Who claimed it before may have ended without a trace, or begun in the meantime.
+        if not take or (_claimed(folder) and not (folder / "config.yaml").is_file()):
+            return folder, file
+        number += 1
 
 
-def _next(newest: str, name: str) -> str:
-    number = newest[len(name) + 1 :]
-    return f"{name}-{int(number or 1) + 1}"
+def _claimed(folder: Path) -> bool:
+    try:
+        return claim(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write into {folder} ({error.strerror}): give --runs a folder that can be written"
+        ) from error
 
 
 def slug(words: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
+from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import ConfigError
 from datamodules.core.metric import Metric
@@ -123,6 +124,10 @@ class MetaLearner(pl.LightningModule):
 
     def generated_images(self, support: Support, count: int) -> Tensor | None:
         """So many images (count, C, H, W) that it makes for a task, as bright as they are; None where it makes none."""
+        return None
+
+    def check(self, data: EpisodicDataModule) -> str | None:
+        """Why the learner cannot learn from these tasks, and the cure; None if it can."""
         return None
 
     def class_rows(self) -> dict[str, Tensor]:

@@ -124,10 +124,10 @@ class BanditStrategy(ReinforcementLearner):
     def agent(self) -> BanditAgent:
         return BanditAgent(self)
 
-    def check(self, environment: Environment) -> str | None:
+    def check_environment(self, environment: Environment) -> str | None:
         if not isinstance(environment, BernoulliBandit):
             return "BanditStrategy pulls arms that pay or do not: give --data datamodules.Bandits or another learner"
-        return super().check(environment)
+        return super().check_environment(environment)
 
     def preference(self, counts: Counts, draws: Tensor) -> Tensor:
         """How much a strategy would pull each arm, (N, arms), from uniform numbers (N, arms), or more, or none."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datamodules.core.base import EpisodicDataModule
 from datamodules.reinforcement.environments import Environment, Environments
 from models.core.learner import MetaLearner
 from models.core.metrics import FINGERPRINT
@@ -42,7 +43,10 @@ class ReinforcementLearner(MetaLearner):
         """What the learner has of each task for a latent, after a trial, (T, L), to be looked at; None without."""
         return None
 
-    def check(self, environment: Environment) -> str | None:
+    def check(self, data: EpisodicDataModule) -> str | None:
+        return self.check_environment(data.environment)
+
+    def check_environment(self, environment: Environment) -> str | None:
         """Why the learner cannot act in this environment, and the cure; None if it can."""
         wanted = {
             "observations": environment.seen_size,

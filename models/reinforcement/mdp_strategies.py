@@ -186,12 +186,12 @@ class MDPStrategy(ReinforcementLearner):
     def agent(self) -> MDPAgent:
         return MDPAgent(self)
 
-    def check(self, environment: Environment) -> str | None:
+    def check_environment(self, environment: Environment) -> str | None:
         if not isinstance(environment, TabularMDP):
             return "MDPStrategy plans in tables: give --data datamodules.TabularMDPs or another learner"
         if environment.revealed and self.strategy != "value-iteration":
             return "MDPStrategy does not look at what is revealed: leave --data.init_args.revealed out"
-        return super().check(environment)
+        return super().check_environment(environment)
 
     def plan(self, steps: Sequence[Step], horizon: int, draws: Tensor) -> Tensor:
         """Values of actions in the next episode, (N, H, S, A), after so many steps; draws (N,) seed what is drawn."""

@@ -135,10 +135,10 @@ class PEARL(OffPolicyLearner):
         parts = (trial.seen.observation, trial.action, trial.reward, trial.shaped, trial.reached)
         return self.infer(Transitions(*(part.transpose(0, 1) for part in parts))).mean
 
-    def check(self, environment: Environment) -> str | None:
+    def check_environment(self, environment: Environment) -> str | None:
         if environment.discrete:
             return "PEARL acts by continuous numbers but the environment's actions are discrete: choose models.RL2"
-        return super().check(environment)
+        return super().check_environment(environment)
 
     # Gradient steps -------------------------------------------------------------------------------------------------
 
