@@ -24,6 +24,7 @@ from app.compare import comparison_dir, write_comparison
 from app.dashboard.callback import Dashboard
 from app.runs.directory import EVALUATIONS, TASKS_CSV, TASKS_NPZ, slug
 from app.runs.evaluation_record import Evaluation, refuse_other_settings, settings
+from app.runs.leaks import refuse_leaks, trained_classes
 from app.runs.recorder import Recorder
 from app.runs.results import print_results, results, write_results
 from datamodules.core.errors import ConfigError
@@ -66,7 +67,8 @@ class EvaluationCLI(FromCheckpoint):
     def loggers(self, callbacks: list[pl.Callback]) -> list[Any]:
         recorder = Recorder(self.run_dir, self.setting("open_set_tasks"))
         dashboard = Dashboard(self.run_dir, recorder, pictures=self.setting("pictures"))
-        callbacks += [ReadyTasks(self.options.seed), recorder, dashboard]
+        trained = frozenset() if self.setting("allow_overlap") else trained_classes(self.trained.content)
+        callbacks += [ReadyTasks(self.options.seed, trained), recorder, dashboard]
         return []
 
 
@@ -76,10 +78,11 @@ class ReadyTasks(pl.Callback):
     Args:
         seed: of the tasks; None leaves the data's. The split of classes stays that of the training either way:
             another one would test on classes that were trained on.
+        trained: classes that must not be among those of the tasks, see ``leaks``.
     """
 
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
+    def __init__(self, seed: int | None, trained: frozenset[int] = frozenset()) -> None:
+        self.seed, self.trained = seed, trained
 
     def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         tasks = trainer.datamodule.distribution("test")
@@ -87,6 +90,7 @@ class ReadyTasks(pl.Callback):
             if tasks.seed is None:
                 raise ConfigError(f"the tasks of {type(trainer.datamodule).__name__} have no seed: leave out --seed")
             tasks.seed = self.seed
+        refuse_leaks(self.trained, trainer.datamodule, "test", "the checkpoint's learner")
         inputs = getattr(tasks.sample([0]), "support_x", None)
         if inputs is not None:
             fits(pl_module, inputs[0])

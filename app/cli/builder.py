@@ -28,6 +28,7 @@ from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
 from app.runs.claim import release_unused, shared_with_children
 from app.runs.directory import RESULTS, choose_run
+from app.runs.leaks import KEY, as_tensor, of_backbones, refuse_leaks, trained_classes
 from app.runs.metrics_csv import MetricsCSV
 from app.runs.progress import TaskProgress
 from app.runs.recorder import Recorder
@@ -106,6 +107,12 @@ class MetaboltCLI(LightningCLI):
         )
         parser.add_argument("--project", type=str, default="metabolt", help="Weights & Biases project.")
         parser.add_argument(
+            "--allow_overlap",
+            type=bool,
+            default=False,
+            help="Validate and test also on classes that the learner, or its backbone, was trained on.",
+        )
+        parser.add_argument(
             "--open_set_tasks",
             type=NonNegativeInt,
             default=600,
@@ -165,7 +172,7 @@ class MetaboltCLI(LightningCLI):
         if stage == "fit" and not trainer_settings.get("fast_dev_run"):
             folder = self.run_dir / CHECKPOINTS
             own.append(self.stopwatch)
-            if trainer_settings.get("limit_val_batches") != 0:
+            if trainer_settings.get("limit_val_batches") != 0 and data.selects:
                 own.append(BestCheckpoint(folder, f"val/{kind.headline}", headline.better))
             # After all others: what it saves has the state that a validation left them in.
             own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
@@ -265,6 +272,7 @@ class RunFiles(pl.Callback):
     def __init__(self, cli: MetaboltCLI) -> None:
         self.cli = cli
         self.config = cli.yaml()
+        self.trained: frozenset[int] = frozenset()  # classes, see leaks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and (stage == "fit" or not self.cli.learns) and not trainer.fast_dev_run:
@@ -288,10 +296,26 @@ class RunFiles(pl.Callback):
             if isinstance(logger, MetricsCSV):
                 logger.start_at(trainer.global_step)
 
+    def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        data, allowed = trainer.datamodule, self.cli.setting("allow_overlap")
+        self.trained |= of_backbones(pl_module)
+        for split in () if allowed else ("val", "test"):
+            refuse_leaks(self.trained, data, split, "the backbone, or an earlier part of the run,")
+        own = data.distribution("train").class_digests()
+        for split in () if allowed else ("val", "test") if data.selects else ("test",):
+            refuse_leaks(own, data, split, "the learner")
+        self.trained |= own
+
+    def on_test_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        if not self.cli.setting("allow_overlap"):
+            refuse_leaks(self.trained, trainer.datamodule, "test", "the learner, or its backbone,")
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
+        checkpoint[KEY] = as_tensor(self.trained)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.trained |= trained_classes(checkpoint)
         if trainer.state.fn != "fit":
             return
         was, now = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))

@@ -29,6 +29,8 @@ from models.networks.batch_norm import BatchNormMode
 TRAINER_KEPT = ("precision", "deterministic", "benchmark")
 # What of the training's data another data set takes over: what tasks look like and how many there are.
 DATA_KEPT = ("ways", "shots", "queries", "episodes", "test_tasks", "eval_batch_size")
+# What the same data set, named again, takes over too: by what its classes were split.
+SPLIT_KEPT = ("protocol", "seed", "root")
 # By what another data set fits its images to the trained network.
 DATA_FROM_BACKBONE = {"size": "image_size", "channels": "in_channels"}
 SHORT = {
@@ -209,7 +211,8 @@ def other_data(given: str, config: dict[str, Any]) -> dict[str, Any]:
     network = config["model"].get("init_args") or {}
     while isinstance(backbone := network.get("backbone"), dict):  # a pretrained backbone holds the network
         network = backbone.get("init_args") or {}
-    start = {name: old[name] for name in DATA_KEPT if name in old}
+    same = data["class_path"] == config["data"]["class_path"]
+    start = {name: old[name] for name in (*DATA_KEPT, *(SPLIT_KEPT if same else ())) if name in old}
     start |= {name: network[its] for name, its in DATA_FROM_BACKBONE.items() if its in network}
     settings = {name: value for name, value in start.items() if takes(data["class_path"], name)}
     return {"class_path": data["class_path"], "init_args": settings | (data.get("init_args") or {})}

@@ -55,6 +55,11 @@ class EpisodicDataModule(LightningDataModule):
         return {}
 
     @property
+    def selects(self) -> bool:
+        """Whether meta-validation may choose a checkpoint: not where its classes are trained on by intention."""
+        return True
+
+    @property
     def own_metrics(self) -> dict[str, Metric]:
         """What it measures of a task beside the metrics of its kind, by name."""
         return {}

@@ -155,6 +155,10 @@ class TaskDistribution:
     def group_names(self) -> list[str] | None:
         return None
 
+    def class_digests(self) -> frozenset[int]:
+        """Numbers to know its classes by in other splits and data, however they are named or turned; empty without."""
+        return frozenset()
+
     def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor | None:
         """The true functions of tasks (T, …) at inputs (N, 1), without noise, (T, N, 1)."""
         return None

@@ -65,6 +65,9 @@ class MixtureTasks(TaskDistribution):
         """Domains by the class ids of ``Episodes.task["classes"]``."""
         return [domain for domain, tasks in self.domains.items() for _ in tasks.class_names]
 
+    def class_digests(self) -> frozenset[int]:
+        return frozenset().union(*(tasks.class_digests() for tasks in self.domains.values()))
+
     def sample(self, indices: Sequence[int]) -> Episodes:
         rng, index = TaskStreams(self.seed, self.split, indices), np.asarray(indices, np.int64)
         domain = rng.integers(len(self.domains))

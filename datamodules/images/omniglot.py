@@ -204,6 +204,10 @@ class Omniglot(ImageDataModule):
         self.within_group = protocol in ("alphabets", "minimal")
         self.aligned = aligned
 
+    @property
+    def selects(self) -> bool:
+        return not self.train_on_val
+
     def prepare_data(self) -> None:
         _ = self._all
 

@@ -45,6 +45,17 @@ class ImageClasses:
     def __len__(self) -> int:
         return len(self.names)
 
+    def digests(self, images: int = 4) -> frozenset[int]:
+        """A number for each class, by its first so many images: the same for all of its turns, and for its negative."""
+        found = set()
+        for start, count in zip(self.starts.tolist(), self.counts.tolist(), strict=True):
+            first = self.images[start : start + min(images, count)].numpy()
+            turned = [np.rot90(first, k, (2, 3)) for k in range(4 if first.shape[2] == first.shape[3] else 1)]
+            seen = (np.ascontiguousarray(x).tobytes() for one in turned for x in (one, 255 - one))
+            least = min(hashlib.sha256(content).digest() for content in seen)
+            found.add(int.from_bytes(least[:8], "big", signed=True))
+        return frozenset(found)
+
     def select(self, classes: Sequence[int]) -> ImageClasses:
         """The named classes, in the order given."""
         rows = [np.arange(self.starts[c], self.starts[c] + self.counts[c]) for c in classes]
@@ -155,6 +166,9 @@ class ImageTasks(TaskDistribution):
     def group_names(self) -> list[str]:
         """Groups by the class ids of ``Episodes.task["classes"]``."""
         return self.classes.groups * (4 if self.rotations == "classes" else 1)
+
+    def class_digests(self) -> frozenset[int]:
+        return self.classes.digests()
 
     def shots_of(self, indices: Sequence[int]) -> int:
         """The shots of the meta-batch that these episodes are of.

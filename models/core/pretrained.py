@@ -31,6 +31,7 @@ class Pretrained(Around):
         super().__init__(backbone)
         self.ckpt_path, self.frozen = Path(ckpt_path), frozen
         self.loaded = False
+        self.trained_classes: frozenset[int] = frozenset()  # by their digests, once it is loaded from its checkpoint
         self.register_load_state_dict_post_hook(_mark_loaded)
         if frozen:
             backbone.requires_grad_(False).eval()
@@ -56,6 +57,8 @@ class Pretrained(Around):
             if {name: tuple(value.shape) for name, value in found.items()} == own:
                 self.backbone.load_state_dict(found)
                 self.loaded = True
+                if (known := content.get("trained_classes")) is not None:
+                    self.trained_classes = frozenset(known.tolist())
                 return
         raise ConfigError(f"{self.ckpt_path} holds no backbone of these settings: give those that it was trained with")
 

@@ -1,0 +1,53 @@
+"""Classes that were trained on must not be among those that are validated or tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import torch
+from torch import nn
+
+from datamodules.core.base import EpisodicDataModule
+from datamodules.core.errors import ConfigError
+from models.core.pretrained import Pretrained
+
+KEY = "trained_classes"  # of a checkpoint
+
+
+def trained_classes(checkpoint: Any) -> frozenset[int]:
+    """Digests of the classes that a checkpoint's weights were trained on, its backbone's included; empty if unknown."""
+    known = checkpoint.get(KEY)
+    return frozenset() if known is None else frozenset(known.tolist())
+
+
+def of_backbones(learner: nn.Module) -> frozenset[int]:
+    """Of the classes that pretrained backbones inside a learner were trained on."""
+    parts = (part.trained_classes for part in learner.modules() if isinstance(part, Pretrained))
+    return frozenset().union(*parts)
+
+
+def as_tensor(digests: Set[int]) -> torch.Tensor:
+    """How a checkpoint keeps them, (K,) int64."""
+    return torch.tensor(sorted(digests), dtype=torch.int64)
+
+
+def refuse_leaks(trained: Set[int], data: EpisodicDataModule, split: str, whose: str) -> None:
+    """Refuse a split with classes that were trained on.
+
+    Args:
+        trained: digests of the classes.
+        data: with the split.
+        split: "val" or "test".
+        whose: what was trained on them, for the message.
+
+    Raises:
+        ConfigError: there are such, and how many.
+    """
+    asked = data.distribution(split).class_digests()
+    if known := len(asked & trained):
+        what = {"val": "meta-validation", "test": "meta-test"}[split]
+        raise ConfigError(
+            f"{whose} was trained on {known} of the {len(asked)} {what} classes: leave protocol and seed of the data "
+            "as they were, or allow it with --allow_overlap true"
+        )
