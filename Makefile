@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 TEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check format bench clean
+.PHONY: help setup train test test-all check format bench campaign clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ bench: $(VENV)/.ready  ## compare with learn2learn and gymnasium, iMAML with MAM
 	$(BIN)/python -m benchmarks.learners
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.environments
+
+campaign: $(VENV)/.ready  ## train the queue of long trainings, from where it was (ROOT=folder of Omniglot)
+	$(BIN)/python -m benchmarks.campaign --root $(or $(ROOT),data)
 
 clean:  ## remove the environment and caches, but no runs and no data
 	rm -rf $(VENV) .pytest_cache .ruff_cache

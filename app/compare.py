@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,24 @@ from app.plots import reinforcement as figures_rl
 from app.plots import results, style
 from app.runs.directory import EVALUATIONS, slug
 from app.runs.evaluation_record import SETTINGS, Evaluation, refuse_other_tasks
-from app.runs.progress import headline_text
+from datamodules.core.base import shape_text
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
-from models.core.metrics import POOLED, aggregate, interval, resampled
+from datamodules.core.metric import Metric
+from models.core.metrics import POOLS, aggregate, as_results, interval, resampled
 
 
-def difference(name: str, first: Tensor, second: Tensor) -> tuple[float, float]:
+def difference(metric: Metric, first: Tensor, second: Tensor) -> tuple[float, float]:
     """First minus second and the half-width of its 95 % interval, paired by task; of pooled metrics by resamples.
 
     Args:
-        name: of the metric, or of the counts that one is pooled from.
+        metric: what they are; of one that is pooled, counts.
         first, second: of each task, (T, …).
     """
     first, second = first.double(), second.double()
-    if name not in POOLED:
+    if metric.pooled is None:
         return interval(first - second)
-    pooled = POOLED[name][1]
+    pooled = POOLS[metric.pooled]
     half = 1.96 * (resampled(first, pooled) - resampled(second, pooled)).std()
     return (pooled(first.sum(0)) - pooled(second.sum(0))).item(), half.item()
 
@@ -74,9 +75,10 @@ def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """
     refuse_other_tasks(evaluations)
     names = labels([e.folder for e in evaluations])
+    counts_of = {told.pooled: name for one in evaluations for name, told in one.declared.items() if told.pooled}
     learners, differences = [], []
     for name, one in zip(names, evaluations, strict=True):
-        found = aggregate(one.metrics)
+        found = aggregate(one.metrics, one.declared)
         told = {n: _numbers(found[n], found[f"{n}_ci95"]) for n in found if f"{n}_ci95" in found}
         learners.append(
             {"learner": name, "algorithm": one.about["algorithm"], "folder": str(one.folder), "metrics": told}
@@ -84,9 +86,9 @@ def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     for (name, one), (other_name, other) in itertools.combinations(zip(names, evaluations, strict=True), 2):
         told = {}
         for metric in learners[0]["metrics"]:
-            of = next((counts for counts, (pooled, _) in POOLED.items() if pooled == metric), metric)
+            of = counts_of.get(metric, metric)
             if of in one.metrics and of in other.metrics and len(one.metrics[of]) == len(other.metrics[of]):
-                told[metric] = _numbers(*difference(of, one.metrics[of], other.metrics[of]))
+                told[metric] = _numbers(*difference(one.declared[of], one.metrics[of], other.metrics[of]))
         differences.append({"learner": name, "minus": other_name, "metrics": told})
     shared = {key: evaluations[0].about.get(key) for key in SETTINGS}
     return {**shared, "learners": learners, "differences": differences}
@@ -96,18 +98,16 @@ def _numbers(mean: float, half: float) -> dict[str, float | None]:
     return {"mean": None if math.isnan(mean) else mean, "ci95": None if math.isnan(half) else half}
 
 
-def _text(name: str, metric: dict[str, float | None], signed: bool = False) -> str:
-    mean, half = (math.nan if (value := metric[key]) is None else value for key in ("mean", "ci95"))
-    return headline_text(name, mean, half, signed) + (" *" if signed and abs(mean) > half else "")
+def _text(declared: Metric, numbers: dict[str, float | None], signed: bool = False) -> str:
+    mean, half = (math.nan if (value := numbers[key]) is None else value for key in ("mean", "ci95"))
+    return declared.text(mean, half, signed) + (" *" if signed and abs(mean) > half else "")
 
 
-def show(content: dict[str, Any], console: Console | None = None) -> None:
+def show(content: dict[str, Any], declared: Mapping[str, Metric], console: Console | None = None) -> None:
     """The tables in the terminal."""
     console = console or Console()
-    ways = f"{content['ways']}-way " if content["ways"] else ""
-    shape = f", {ways}{content['shots']}-shot" if content["shots"] else ""
-    shape += f", {content['episodes']} episodes" if content["episodes"] else ""
-    over = f"{content['data']}{shape}: the same {content['tasks']:,} meta-test tasks"
+    shape = shape_text(content)
+    over = f"{content['data']}{', ' if shape else ''}{shape}: the same {content['tasks']:,} meta-test tasks"
     names = list(dict.fromkeys(name for learner in content["learners"] for name in learner["metrics"]))
     for key, title, heading in (
         ("learners", over, "mean ± 95 % interval"),
@@ -121,7 +121,7 @@ def show(content: dict[str, Any], console: Console | None = None) -> None:
             rows = [row for row in content[key] if name in row["metrics"]]
             for row in rows:
                 label = f"{row['learner']} - {row['minus']}" if "minus" in row else row["learner"]
-                text = _text(name, row["metrics"][name], signed="minus" in row)
+                text = _text(declared[name], row["metrics"][name], signed="minus" in row)
                 table.add_row(name if row is rows[0] else "", label, text, end_section=row is rows[-1])
         console.print(table)
     console.print("* the interval excludes zero; each is by itself, whatever the number of pairs", highlight=False)
@@ -163,12 +163,14 @@ def write_comparison(evaluations: Sequence[Evaluation], out: Path, command: str)
     """
     content = compare(evaluations)
     content |= {"command": command, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    show(content)
+    declared = {name: metric for one in evaluations for name, metric in as_results(one.declared).items()}
+    show(content, declared)
     try:
         write_atomically(out / "comparison.json", json.dumps(content, indent=2) + "\n")
         write_atomically(out / "comparison.csv", as_csv(content))
         over = f"{content['data']}, the same {content['tasks']:,} meta-test tasks"
-        style.save(results.comparison(content["learners"], content["differences"], over), out / "comparison.png")
+        figure = results.comparison(content["learners"], content["differences"], declared, over)
+        style.save(figure, out / "comparison.png")
         written = "comparison.json, .csv, .png"
         if (along := returns(evaluations)) is not None:
             style.save(figures_rl.returns_of_several(*along, over), out / "returns.png")

@@ -24,10 +24,12 @@ from app.compare import comparison_dir, write_comparison
 from app.dashboard.callback import Dashboard
 from app.runs.directory import EVALUATIONS, TASKS_CSV, TASKS_NPZ, slug
 from app.runs.evaluation_record import Evaluation, refuse_other_settings, settings
+from app.runs.recorder import Recorder
 from app.runs.results import print_results, results, write_results
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS
+from models.core.metrics import as_results
 
 
 class EvaluationCLI(FromCheckpoint):
@@ -62,8 +64,9 @@ class EvaluationCLI(FromCheckpoint):
         return folder, self.trained.path
 
     def loggers(self, callbacks: list[pl.Callback]) -> list[Any]:
-        dashboard = Dashboard(self.run_dir, pictures=self.setting("pictures"))  # for the table of the tasks, too
-        callbacks += [ReadyTasks(self.options.seed), dashboard]
+        recorder = Recorder(self.run_dir)
+        dashboard = Dashboard(self.run_dir, recorder, pictures=self.setting("pictures"))
+        callbacks += [ReadyTasks(self.options.seed), recorder, dashboard]
         return []
 
 
@@ -81,7 +84,7 @@ class ReadyTasks(pl.Callback):
     def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         tasks = trainer.datamodule.distribution("test")
         if self.seed is not None:
-            if not hasattr(tasks, "seed"):
+            if tasks.seed is None:
                 raise ConfigError(f"the tasks of {type(trainer.datamodule).__name__} have no seed: leave out --seed")
             tasks.seed = self.seed
         inputs = getattr(tasks.sample([0]), "support_x", None)
@@ -110,7 +113,7 @@ def write_evaluation(cli: EvaluationCLI, command: str) -> None:
     }
     content = results(cli.model, data, facts)
     write_results(content, cli.run_dir / "results.json")
-    print_results(content, cli.run_dir, [f"per task: {cli.run_dir / TASKS_CSV}"])
+    print_results(content, as_results(cli.model.all_metrics()), cli.run_dir, [f"per task: {cli.run_dir / TASKS_CSV}"])
 
 
 def evaluate(cli: EvaluationCLI, command: str) -> None:

@@ -17,8 +17,9 @@ import torch
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
+from app.cli.base_configs import with_bases
 from app.cli.suggestions import Parser, one_line_errors
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
@@ -26,14 +27,18 @@ from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
 from app.runs.directory import choose_run
 from app.runs.metrics_csv import MetricsCSV
 from app.runs.progress import TaskProgress
+from app.runs.recorder import Recorder
 from app.runs.results import print_results, results, write_results
+from app.runs.resume import cosine_shorter_than, reconcile
+from app.runs.stopwatch import Stopwatch
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.errors import ConfigError, DataError
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO
 from models.core.learner import MetaLearner
-from models.core.metrics import HEADLINES
+from models.core.metrics import as_results
 from models.core.pretrained import load_pretrained
+from models.core.task_kinds import KINDS
 from models.reinforcement.learner import ReinforcementLearner
 
 Stage = Literal["fit", "validate", "test"]
@@ -70,7 +75,7 @@ class MetaboltCLI(LightningCLI):
                 "enable_model_summary": False,
                 "max_epochs": -1,
             },
-            args=list(args) if args is not None else None,
+            args=with_bases(sys.argv[1:] if args is None else args),
             **kwargs,
         )
 
@@ -131,16 +136,20 @@ class MetaboltCLI(LightningCLI):
             )
         stage = self.setting("stage")
         self.run_dir, self.ckpt_path = self.choose_folder(stage)
-        metric, better = HEADLINES[data.kind]
+        kind = KINDS[data.kind]
+        headline = kind.metrics[kind.headline]
         trainer_settings = self._get(self.config_init, "trainer")
         own: list[pl.Callback] = [RunFiles(self)]
+        self.stopwatch = Stopwatch()
         if trainer_settings.get("enable_progress_bar") is not False:
-            own.append(TaskProgress(metric))
+            own.append(TaskProgress(kind.headline, headline))
         if stage == "fit" and not trainer_settings.get("fast_dev_run"):
             folder = self.run_dir / CHECKPOINTS
-            own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
+            own.append(self.stopwatch)
             if trainer_settings.get("limit_val_batches") != 0:
-                own.append(BestCheckpoint(folder, f"val/{metric}", better))
+                own.append(BestCheckpoint(folder, f"val/{kind.headline}", headline.better))
+            # After all others: what it saves has the state that a validation left them in.
+            own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
         callbacks = trainer_settings.get("callbacks") or []
         loggers: list[Any] = [] if trainer_settings.get("fast_dev_run") else self.loggers(own)
         trainer = super().instantiate_trainer(
@@ -162,7 +171,8 @@ class MetaboltCLI(LightningCLI):
 
     def dashboards(self, callbacks: list[pl.Callback]) -> list[Any]:
         """Loggers beyond the CSV file, and the callback that draws for them and for the run directory."""
-        callbacks.append(Dashboard(self.run_dir, pictures=self.setting("pictures")))
+        recorder = Recorder(self.run_dir)  # before what draws from it
+        callbacks += [recorder, Dashboard(self.run_dir, recorder, pictures=self.setting("pictures"))]
         config = yaml.safe_load(self.yaml())
         logger = wandb_logger(self.setting("wandb"), self.setting("project"), self.run_dir.name, self.run_dir, config)
         return [] if logger is None else [logger]
@@ -231,6 +241,12 @@ class RunFiles(pl.Callback):
             write_atomically(path, self.config)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for config in trainer.lr_scheduler_configs:
+            if (length := cosine_shorter_than(config.scheduler, trainer.max_steps)) is not None:
+                rank_zero_warn(
+                    f"the rate's cosine has fallen after {length} of {trainer.max_steps} meta-updates and rises again: "
+                    f"give --model.init_args.scheduler.init_args.T_max {trainer.max_steps}"
+                )
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.start_at(trainer.global_step)
@@ -241,13 +257,8 @@ class RunFiles(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
-        configs = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))
-        was, now = ((c["model"]["init_args"].get("optimizer") or {}).get("class_path") for c in configs)
-        if was != now:
-            raise ConfigError(
-                f"the run has the state of {was}, with which {now} cannot go on: leave the optimizer as it was, or "
-                "start a new run"
-            )
+        was, now = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))
+        reconcile(trainer, pl_module, checkpoint, was, now)
 
 
 @rank_zero_only
@@ -257,6 +268,7 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
         "seed": cli.datamodule.seed,
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "meta_steps": cli.trainer.global_step,
+        "training": {name: round(value, 1) for name, value in cli.stopwatch.state_dict().items()},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     content = results(cli.model, cli.datamodule, facts)
@@ -264,7 +276,7 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
         write_results(content, cli.run_dir / "results.json")
     hints = [f"again: python train.py --config {cli.run_dir}/config.yaml --stage test"]
     hints += [hint for logger in cli.trainer.loggers if isinstance(logger, WandbRun) for hint in logger.hints()]
-    print_results(content, cli.run_dir, hints)
+    print_results(content, as_results(cli.model.all_metrics()), cli.run_dir, hints)
 
 
 def run(cli: MetaboltCLI) -> None:

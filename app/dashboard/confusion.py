@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from app.dashboard.probe import Probe
-from app.plots import confusion
+from app.dashboard.view import Figures, View
+from app.plots import confusion as plots
+from app.runs.probe import Probe
 
 
 @dataclass
@@ -78,6 +80,19 @@ class Confusions:
         return [(a, b, int(wrong[a, b]), int(asked[a, b])) for a, b in pairs if wrong[a, b] > 0]
 
 
+def confusion(view: View) -> Figures:
+    """Classes that are taken for others, after the test."""
+    if not view.final:
+        return
+    known = None if view.open_set is None else view.open_set.predicted
+    tasks = min(view.confusion_tasks, view.probe.available) if known is None else len(known)
+    confusions = view.guard("confusions", lambda: Confusions.of(view.probe, tasks, known))
+    if confusions is not None:
+        yield "confusion", partial(confusion_matrix, view.probe, confusions)
+        if view.probe.pictures:
+            yield "confused_pairs", partial(confused_pairs, view.probe, confusions)
+
+
 def confusion_matrix(probe: Probe, confusions: Confusions) -> Any:
     """Between classes where they are few, else between their groups.
 
@@ -92,7 +107,7 @@ def confusion_matrix(probe: Probe, confusions: Confusions) -> Any:
         parts, title = confusions.by(groups), f"{title}, by group"
     else:
         return None
-    return confusion.confusion(*parts, title) if confusions.meetings >= 4 * len(parts[-1]) ** 2 else None
+    return plots.confusion(*parts, title) if confusions.meetings >= 4 * len(parts[-1]) ** 2 else None
 
 
 def confused_pairs(probe: Probe, confusions: Confusions) -> Any:
@@ -102,4 +117,4 @@ def confused_pairs(probe: Probe, confusions: Confusions) -> Any:
         for a, b, wrong, asked in confusions.worst_pairs(10)
     ]
     title = "Classes most often taken for one another, in either direction"
-    return confusion.confused_pairs(pairs, title) if pairs else None
+    return plots.confused_pairs(pairs, title) if pairs else None

@@ -2,68 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from app.dashboard.view import Figures, View
 from app.plots import reinforcement as plots
-from app.plots.style import Panel
-from datamodules.reinforcement.bandits import BernoulliBandit
+from app.runs.probe import Probe
 from datamodules.reinforcement.environments import Environments
-from datamodules.reinforcement.navigation import DenseNavigation
-from models.reinforcement.learner import ReinforcementLearner
 from models.reinforcement.trials import Trial, run_trial
-
-if TYPE_CHECKING:
-    from app.dashboard.probe import Probe
 
 PULLED, WALKED, ENCODED = 200, 6, 200  # tasks behind the pictures of arms, of trajectories and of latents
 
 
-class TrialPictures:
-    """The pictures of a split's trials.
+def trials(view: View) -> Figures:
+    """The figures of a split's trials."""
+    return TrialFigures(view).all()
+
+
+class TrialFigures:
+    """The figures of a split's trials.
 
     Args:
-        probe: looks at the learner.
-        table: metrics of each task, name to (T, …), with ``returns`` (T, E) and, where the best policy is known,
-            ``of_optimum`` (T, 2).
-        at: when it was measured, for titles.
-        guarded: the result of an action, or None with a line in the log where it fails.
-
-    Attributes:
-        encodes: the learner tells a latent of each task, see ``ReinforcementLearner.task_latents``.
-        panels: of these pictures, what belongs into one of several panels; whole once ``all`` has come to its end.
+        view: its table has ``returns`` (T, E) of each task and, where the best policy is known, ``of_optimum`` (T, 2).
     """
 
-    def __init__(self, probe: Probe, table: dict[str, Tensor], at: str, guarded: Callable[..., Any]) -> None:
-        self.probe, self.table, self.at, self.guarded = probe, table, at, guarded
-        self.environment = probe.tasks.environment
-        self.available = probe.data.test_tasks if probe.split == "test" else probe.data.val_tasks
-        self.unit = "pull" if isinstance(self.environment, BernoulliBandit) else "episode"
-        self.encodes = getattr(type(probe.learner), "task_latents", None) is not ReinforcementLearner.task_latents
-        self.panels: list[Panel] = []
+    def __init__(self, view: View) -> None:
+        self.probe, self.table, self.at, self.guarded, self.panels = (
+            *(view.probe, view.table, view.at, view.guard, view.panels),
+        )
+        self.learner: Any = view.probe.learner
+        self.environment = view.probe.tasks.environment
+        self.available = view.probe.available
+        self.unit = "pull" if self.environment.looks == "arms" else "episode"
 
-    def all(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def all(self) -> Figures:
         """Names, and what makes each figure."""
         yield from self._returns()
-        if isinstance(self.environment, BernoulliBandit):
+        if self.environment.looks == "arms":
             yield from self._pulls()
-        if isinstance(self.environment, DenseNavigation):
+        if self.environment.looks == "plane":
             yield from self._trajectories()
-        if self.encodes and self.environment.facts <= 2:
+        if self.learner.has_latents and self.environment.facts <= 2:
             yield from self._latents()
 
-    def _returns(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def _returns(self) -> Figures:
         returns, optimum = self.table["returns"], optimum_of(self.table)
         title = f"Returns, {self.at}"
         yield "episodes", partial(plots.returns, returns, optimum, title, unit=self.unit)
         self.panels.append(
             (f"{self.unit.title()}s", lambda axes: plots.draw_returns(axes, returns, optimum, self.unit))
         )
-        if self.encodes:  # a set of transitions
+        if self.learner.has_latents:  # a set of transitions
             horizon = self.environment.horizon
             yield "context", partial(plots.returns, returns, optimum, title, unit=self.unit, horizon=horizon)
         if optimum is not None:
@@ -74,12 +66,10 @@ class TrialPictures:
             )
 
     def _chance(self) -> Tensor | None:
-        """Expected reward of a random arm, for each task of the table."""
-        if not isinstance(self.environment, BernoulliBandit):
-            return None
-        return self.probe.tasks.sample(self.table["index"].tolist()).task["arms"].mean(1)
+        """Expected return of random actions, for each task of the table."""
+        return self.environment.chance(self.probe.tasks.sample(self.table["index"].tolist()).task)
 
-    def _pulls(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def _pulls(self) -> Figures:
         looked = self._look("arms", PULLED)
         if looked is not None:
             batch, trial = looked
@@ -88,18 +78,18 @@ class TrialPictures:
             title = f"Arms pulled, mean of {len(batch)} tasks"
             self.panels.append((title, lambda axes: plots.draw_mean_pulls(axes, *parts)))
 
-    def _trajectories(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def _trajectories(self) -> Figures:
         looked = self._look("trajectories", WALKED)
         if looked is not None:
             batch, trial = looked
             positions, returns = positions_of(trial, batch.episodes), trial.returns(batch.episodes).float().cpu()
-            goals, radius = batch.task["goal"].float().cpu(), getattr(self.environment, "radius", None)
+            goals, radius = batch.task["goal"].float().cpu(), self.environment.radius
             parts = (positions, goals, returns, batch.index.tolist(), radius)
             yield "trajectories", partial(plots.trajectories, *parts, f"Trajectories, {self.at}")
             title = f"Task {int(batch.index[0])}, first episode light, last one dark"
             self.panels.append((title, lambda axes: plots.draw_trajectories(axes, positions[0], goals[0], radius)))
 
-    def _latents(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def _latents(self) -> Figures:
         looked = self.guarded("latents", lambda: latents_of(self.probe, min(ENCODED, self.available)))
         if looked is not None:
             latents, facts, names = looked
@@ -113,10 +103,9 @@ class TrialPictures:
         """The trials of the first tasks, as they were tested."""
 
         def look() -> tuple[Environments, Trial]:
-            learner: Any = self.probe.learner
             _, ready = self.probe.sample(range(min(tasks, self.available)))
             batch: Any = ready
-            return batch, run_trial(batch, learner.agent())
+            return batch, run_trial(batch, self.learner.agent())
 
         return self.guarded(what, look)
 

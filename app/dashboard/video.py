@@ -95,8 +95,7 @@ def film(learner: Any, batch: Environments) -> tuple[list[Image.Image], float] |
         learner: in evaluation mode; its metrics of "val" tasks are lost.
         batch: the task to film, on the learner's device.
     """
-    rendering = getattr(batch.environment, "rendering", None)
-    shown = None if rendering is None else rendering()
+    shown: Any = batch.environment.rendering()
     if shown is None:
         return None
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

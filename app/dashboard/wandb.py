@@ -16,6 +16,7 @@ from pytorch_lightning.loggers.logger import DummyExperiment, rank_zero_experime
 from pytorch_lightning.loggers.wandb import WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from app.runs.guard import one_line
 from datamodules.core.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -224,8 +225,3 @@ def has_key() -> bool:
         if hosts & set(known):
             return True
     return False
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:160] + " …"

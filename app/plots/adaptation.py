@@ -12,18 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from app.plots.results import _text
-from app.plots.style import ACCENT, FIT_STEPS, INK, MAIN, METRIC_NAMES, SHADES, mean_and_half, single, styled
-from models.core.metrics import LOWER_IS_BETTER
+from app.plots.style import ACCENT, FIT_STEPS, INK, MAIN, SHADES, mean_and_half, single, styled
+from datamodules.core.metric import Metric
 
 
-def draw_adaptation(axes: Axes, values: Any, metric_name: str) -> None:
+def draw_adaptation(axes: Axes, values: Any, metric: Metric, label: str) -> None:
     """Mean over tasks against the inner step, with its 95 % interval.
 
     Args:
         axes: to draw on.
         values: (T, steps + 1), of each task before the first step and after each one.
-        metric_name: "accuracy" or "mse".
+        metric, label: what they are, and its name on the axis.
     """
     mean, half = mean_and_half(values)
     steps = np.arange(len(mean))
@@ -31,12 +30,12 @@ def draw_adaptation(axes: Axes, values: Any, metric_name: str) -> None:
     axes.plot(steps, mean, color=MAIN, marker="o", ms=4.5, label=f"mean of {len(values)} tasks")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("inner steps taken")
-    axes.set_ylabel(METRIC_NAMES.get(metric_name, metric_name))
-    if metric_name == "accuracy":
+    axes.set_ylabel(label)
+    if metric.share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     rises = mean[-1] >= mean[0]
     for step, above in ((0, not rises), (len(mean) - 1, rises)):
-        text = f"{100 * mean[step]:.1f} %" if metric_name == "accuracy" else f"{mean[step]:.3g}"
+        text = f"{100 * mean[step]:.1f} %" if metric.share else f"{mean[step]:.3g}"
         place = {"xytext": (0, 9 if above else -16), "textcoords": "offset points", "ha": "center"}
         axes.annotate(text, (step, mean[step]), fontsize=8.5, **place)
     axes.margins(x=0.08, y=0.2)
@@ -44,10 +43,10 @@ def draw_adaptation(axes: Axes, values: Any, metric_name: str) -> None:
 
 
 @styled
-def adaptation(values: Any, metric_name: str, title: str = "Adaptation") -> Figure:
+def adaptation(values: Any, metric: Metric, label: str, title: str = "Adaptation") -> Figure:
     """The adaptation curve; arguments as ``draw_adaptation``."""
     figure, axes = single()
-    draw_adaptation(axes, values, metric_name)
+    draw_adaptation(axes, values, metric, label)
     axes.set_title(title)
     return figure
 
@@ -168,20 +167,20 @@ def read_curve(path: Path, metric_name: str) -> np.ndarray:
     return np.array(points).reshape(-1, 3)
 
 
-def draw_training(axes: Axes, points: Any, metric_name: str) -> None:
+def draw_training(axes: Axes, points: Any, metric: Metric, label: str) -> None:
     """Meta-validation against tasks seen; ``points`` as ``read_curve`` gives them."""
     seen, mean, half = np.asarray(points, np.float64).T
     half = np.nan_to_num(half)
     axes.fill_between(seen, mean - half, mean + half, color=MAIN, alpha=0.18, lw=0, label="95 % interval over tasks")
     axes.plot(seen, mean, color=MAIN, marker="o" if len(seen) < 40 else "", ms=4, label="meta-validation")
-    rises = metric_name not in LOWER_IS_BETTER
+    rises = metric.better != "lower"
     best = int(mean.argmax() if rises else mean.argmin())
-    text = f"best {_text(float(mean[best]), metric_name)}"
+    text = f"best {metric.short(float(mean[best]))}"
     axes.plot(seen[best], mean[best], "o", color=ACCENT, ms=6, mec="white", label=text, zorder=5)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("meta-training tasks seen")
-    axes.set_ylabel(METRIC_NAMES.get(metric_name, metric_name))
-    if metric_name == "accuracy":
+    axes.set_ylabel(label)
+    if metric.share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     elif not rises:
         axes.set_ylim(bottom=0)
@@ -189,9 +188,9 @@ def draw_training(axes: Axes, points: Any, metric_name: str) -> None:
 
 
 @styled
-def training(points: Any, metric_name: str, title: str = "Meta-training") -> Figure:
+def training(points: Any, metric: Metric, label: str, title: str = "Meta-training") -> Figure:
     """The training curve; arguments as ``draw_training``."""
     figure, axes = single()
-    draw_training(axes, points, metric_name)
+    draw_training(axes, points, metric, label)
     axes.set_title(title)
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,22 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from app.plots.style import ACCENT, CLASSES, INK, MAIN, METRIC_NAMES, Panel, mean_and_half, shorten, single, styled
-from app.runs.progress import SHARES, headline_text
-from models.core.metrics import LOWER_IS_BETTER
+from app.plots.style import ACCENT, CLASSES, INK, MAIN, Panel, mean_and_half, shorten, single, styled
+from datamodules.core.metric import Metric
 
 
-def draw_histogram(axes: Axes, values: Any, metric_name: str) -> None:
-    """Tasks by their figure, the worst tenth of them marked.
+def draw_histogram(axes: Axes, values: Any, metric: Metric, label: str) -> None:
+    """Tasks by their metric, the worst tenth of them marked.
 
     Args:
         axes: to draw on.
         values: of each task, (T,).
-        metric_name: "accuracy", "mse", "return".
+        metric, label: what they are, and its name on the axis.
     """
     values = np.sort(np.asarray(values, np.float64))
     values = values[np.isfinite(values)]
-    low_is_worse = metric_name not in LOWER_IS_BETTER
+    low_is_worse = metric.better != "lower"
     tenth = max(1, len(values) // 10)
     worst = values[:tenth] if low_is_worse else values[-tenth:]
     mean, half = mean_and_half(values)
@@ -36,7 +35,7 @@ def draw_histogram(axes: Axes, values: Any, metric_name: str) -> None:
         step = float(gaps.min()) if len(gaps) else 0.05
         step *= max(1, math.ceil((values[-1] - values[0]) / step / 40))
         edges: Any = values[-1] + step / 2 - step * np.arange(math.ceil((values[-1] - values[0]) / step) + 2)[::-1]
-        if metric_name == "accuracy":
+        if metric.share:
             axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     elif values[0] > 0 and values[-1] > 30 * np.median(values):
         edges = np.geomspace(values[0], values[-1] * 1.001, 41)
@@ -46,27 +45,23 @@ def draw_histogram(axes: Axes, values: Any, metric_name: str) -> None:
     else:
         edges = np.linspace(0, values[-1] * 1.001 or 1.0, 41)
     axes.hist(values, edges, color=MAIN, rwidth=0.92)
-    marked = f"worst tenth: mean {_text(float(worst.mean()), metric_name)}"
+    marked = f"worst tenth: mean {metric.short(float(worst.mean()))}"
     axes.hist(worst, edges, color=ACCENT, rwidth=0.92, label=marked)
-    interval = f"mean {headline_text(metric_name, float(mean), float(half))}"
+    interval = f"mean {metric.text(float(mean), float(half))}"
     axes.axvline(float(mean), color=INK, lw=1.2, ls=(0, (4, 2)), label=interval)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel(f"{METRIC_NAMES.get(metric_name, metric_name)} of a task")
+    axes.set_xlabel(f"{label} of a task")
     axes.set_ylabel("tasks")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend(loc="upper left" if low_is_worse else "upper right")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.25)  # room for the legend
 
 
-def _text(value: float, metric_name: str) -> str:
-    return f"{100 * value:.2f} %" if metric_name == "accuracy" else f"{value:.3g}"
-
-
 @styled
-def histogram(values: Any, metric_name: str, title: str = "Meta-test tasks") -> Figure:
-    """Tasks by their figure; arguments as ``draw_histogram``."""
+def histogram(values: Any, metric: Metric, label: str, title: str = "Meta-test tasks") -> Figure:
+    """Tasks by their metric; arguments as ``draw_histogram``."""
     figure, axes = single()
-    draw_histogram(axes, values, metric_name)
+    draw_histogram(axes, values, metric, label)
     axes.set_title(title)
     return figure
 
@@ -100,11 +95,14 @@ def results(panels: Sequence[Panel], episode: Callable[[Axes], None] | None, tit
 
 
 @styled
-def comparison(learners: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], over: str) -> Figure:
-    """Figures of several learners and paired differences, each with its 95 % interval; a row for each figure.
+def comparison(
+    learners: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], declared: Mapping[str, Metric], over: str
+) -> Figure:
+    """Metrics of several learners and paired differences, each with its 95 % interval; a row for each metric.
 
     Args:
         learners, differences: as comparison.json has them.
+        declared: what the metrics are, by name.
         over: what they were tested on.
     """
     names = list(dict.fromkeys(name for learner in learners for name in learner["metrics"]))
@@ -114,8 +112,7 @@ def comparison(learners: Sequence[dict[str, Any]], differences: Sequence[dict[st
     panels = figure.subplots(len(names), 2, squeeze=False)
     short = [shorten(learner["learner"]) for learner in learners]
     for row, name in zip(panels, names, strict=True):
-        share = name in SHARES
-        title = METRIC_NAMES.get(name, name)
+        share, title = declared[name].share, declared[name].label or name
         _dots(row[0], [learner["metrics"].get(name) for learner in learners], short, share, CLASSES)
         pairs = [f"{shorten(d['learner'], 18)} \N{MINUS SIGN} {shorten(d['minus'], 18)}" for d in differences]
         row[1].axvline(0, color=INK, lw=1, ls=(0, (4, 2)))
@@ -133,7 +130,7 @@ def _dots(
     share: bool,
     colours: Sequence[str],
 ) -> None:
-    """A dot with its interval for each name, from the top down; nothing where there is no figure."""
+    """A dot with its interval for each name, from the top down; nothing where there is no metric."""
     for place, numbers in enumerate(told):
         if numbers is None or numbers["mean"] is None:
             continue

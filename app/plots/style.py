@@ -97,24 +97,6 @@ def shorten(name: str, length: int = 24) -> str:
 
 
 FIT_STEPS = (0, 1, 5, 10)  # whose predictive intervals are drawn, and the last one's
-METRIC_NAMES = {
-    "accuracy": "query accuracy",
-    "mse": "query MSE",
-    "nll": "query NLL (nats)",
-    "ece": "expected calibration error",
-    "nmi": "mutual information of clusters and families",
-    "coverage": "coverage of the 95 % interval",
-    "coverage_error": "error of the coverage",
-    "width": "width of the 95 % interval",
-    "known_entropy": "entropy, classes of the task (nats)",
-    "unknown_entropy": "entropy, other classes (nats)",
-    "open_set_auroc": "AUROC of other classes",
-    "return": "return over the trial",
-    "first_episode": "return of the first episode",
-    "last_episode": "return of the last episode",
-    "regret": "regret over the trial",
-    "normalised_return": "return as a share of the best policy's",
-}
 
 
 def mean_and_half(values: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -21,15 +21,16 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         folder: of the checkpoints.
-        monitor, mode: the metric that counts and whether "max" or "min" is better.
+        monitor: the metric that counts.
+        better: "higher" or "lower".
     """
 
-    def __init__(self, folder: Path, monitor: str, mode: str) -> None:
+    def __init__(self, folder: Path, monitor: str, better: str) -> None:
         super().__init__(
             dirpath=folder,
             filename="best",
             monitor=monitor,
-            mode=mode,
+            mode="min" if better == "lower" else "max",
             save_top_k=1,
             auto_insert_metric_name=False,
             enable_version_counter=False,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,27 @@ from torch import Tensor
 
 from app.runs.directory import TASKS_NPZ
 from datamodules.core.base import EpisodicDataModule
-from datamodules.core.episodes import Episodes
+from datamodules.core.episodes import Episodes, TaskDistribution
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
+from datamodules.core.metric import Metric
 from models.core.checkpoint_io import CHECKPOINTS
-from models.core.metrics import TaskMetrics
+from models.core.metrics import FINGERPRINT, TaskMetrics
 
 # What of the data makes its tasks, and which option of an evaluation changes it.
-SETTINGS = {"data": "--data", "ways": "--ways", "shots": "--shots", "queries": "--queries", "seed": "--seed"}
-SETTINGS |= {"episodes": "--episodes", "tasks": "--tasks"}
+SETTINGS = {name: f"--{name}" for name in ("data", "ways", "shots", "queries", "episodes", "seed", "tasks")}
 # Facts of two tests are the same tasks' where they are this close; sums over a task differ by machine.
 ROUNDING = 1e-5
 
 
 def settings(data: EpisodicDataModule, seed: int | None = None) -> dict[str, Any]:
     """What makes the meta-test tasks; ``seed`` of the tasks, where it is another than the data's."""
-    known = {name: getattr(data, name, None) for name in ("ways", "shots", "queries", "episodes")}
-    return {"data": type(data).__name__, **known, "seed": data.seed if seed is None else seed, "tasks": data.test_tasks}
+    return {
+        "data": type(data).__name__,
+        **data.task_shape(),
+        "seed": data.seed if seed is None else seed,
+        "tasks": data.test_tasks,
+    }
 
 
 def _digest(*parts: bytes) -> str:
@@ -48,20 +53,48 @@ def about(data: EpisodicDataModule, algorithm: str, metric: TaskMetrics) -> dict
     first task's images look like, to know that they number the same.
     """
     tasks: Any = data.distribution("test")
-    names = getattr(tasks, "class_names", None)
+    names = tasks.class_names
     first = tasks.sample([0])
     inputs = (first.support_x, first.query_x) if isinstance(first, Episodes) else ()
     images = [t.numpy().tobytes() for t in inputs if t.dtype == torch.uint8]
     return {
         "algorithm": algorithm,
-        **settings(data, getattr(tasks, "seed", None)),
+        **settings(data, tasks.seed),
         "tasks": len(metric.all_tasks["index"]),
         "classes": None if names is None else _digest(*map(os.fsencode, names)),
         "images": _digest(*images) if images else None,
-        "metrics": metric.names,
+        "metrics": {name: asdict(metric.declared[name]) for name in metric.names},
         "facts": metric.facts,
-        "subset": list(metric.subset),
+        "subset": {name: asdict(metric.declared[name]) for name in metric.subset},
     }
+
+
+def columns(tasks: TaskDistribution, kept: dict[str, Tensor]) -> dict[str, list[Any]]:
+    """Of every task its metrics and facts of one number, and the names of its classes, by column.
+
+    Args:
+        tasks: of the test.
+        kept: of each task, name to (T, …), see ``TaskMetrics.table``.
+    """
+    found: dict[str, list[Any]] = {"task": kept["index"].tolist()}
+    found |= {n: v.tolist() for n, v in kept.items() if n not in ("index", FINGERPRINT) and v.dim() == 1}
+    if "classes" in kept:
+        known, row = kept["classes"].unique(return_inverse=True)
+        of_ids = tasks.class_names
+        names = [str(k) if of_ids is None else of_ids[k] for k in known.tolist()]
+        found["classes"] = [", ".join(names[k] for k in of_task) for of_task in row.tolist()]
+    return found
+
+
+def save_table(path: Path, tasks: TaskDistribution, kept: dict[str, Tensor]) -> None:
+    """Write ``columns`` as CSV, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    table, text = columns(tasks, kept), io.StringIO()
+    csv.writer(text).writerows([table, *zip(*table.values(), strict=True)])
+    write_atomically(path, text.getvalue())
 
 
 def save_tasks(path: Path, data: EpisodicDataModule, algorithm: str, metric: TaskMetrics) -> None:
@@ -84,12 +117,14 @@ class Evaluation:
         folder: that it was left in.
         about: see ``about``.
         metrics: of each task, name to (T, …); those of the first tasks alone are shorter.
+        declared: what each of them is.
         facts: of each task, name to (T, …); its number is ``index``.
     """
 
     folder: Path
     about: dict[str, Any]
     metrics: dict[str, Tensor]
+    declared: dict[str, Metric]
     facts: dict[str, Tensor]
 
     @classmethod
@@ -107,9 +142,10 @@ class Evaluation:
             with np.load(path, allow_pickle=False) as content:
                 told = json.loads(str(content["about"]))
                 arrays = {name: torch.from_numpy(content[name]) for name in content.files if name != "about"}
-            measured = {name: arrays[name] for name in (*told["metrics"], *told["subset"])}
-            return cls(folder, told, measured, {name: arrays[name] for name in ("index", *told["facts"])})
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            declared = {name: Metric(**settings) for name, settings in (told["metrics"] | told["subset"]).items()}
+            facts = {name: arrays[name] for name in ("index", *told["facts"])}
+            return cls(folder, told, {name: arrays[name] for name in declared}, declared, facts)
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}): test again") from error
 
 

@@ -11,20 +11,20 @@ from pytorch_lightning.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-SHARES = ("accuracy", "coverage")
+from datamodules.core.metric import Metric
 
 
 class TaskProgress(ProgressBar):
     """A live bar on a terminal; elsewhere a line every ``quiet_seconds``.
 
     Args:
-        headline: the metric shown, "accuracy", "mse" or "return".
+        name, metric: of what is shown: "accuracy", "mse" or "return".
         quiet_seconds: seconds between lines where the output is not a terminal.
     """
 
-    def __init__(self, headline: str, quiet_seconds: float = 30.0) -> None:
+    def __init__(self, name: str, metric: Metric, quiet_seconds: float = 30.0) -> None:
         super().__init__()
-        self.headline, self.quiet_seconds = headline, quiet_seconds
+        self.name, self.metric, self.quiet_seconds = name, metric, quiet_seconds
         self.console = Console(file=sys.stderr)
         self.bar: Progress | None = None
         self._enabled = True
@@ -92,11 +92,10 @@ class TaskProgress(ProgressBar):
         self._advance(trainer.fit_loop.epoch_loop.batch_progress.total.ready, len(batch) * trainer.world_size)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = trainer.callback_metrics.get(f"val/{self.headline}")
+        value = trainer.callback_metrics.get(f"val/{self.name}")
         if value is not None and trainer.state.fn == "fit":
-            half = float(trainer.callback_metrics[f"val/{self.headline}_ci95"])
-            name = "" if self.headline in SHARES else f"{self.headline} "
-            self._note = f"val {name}{headline_text(self.headline, float(value), half)}"
+            half = float(trainer.callback_metrics[f"val/{self.name}_ci95"])
+            self._note = f"val {'' if self.metric.share else self.name + ' '}{self.metric.text(float(value), half)}"
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._enabled and self.bar is None:
@@ -120,11 +119,3 @@ class TaskProgress(ProgressBar):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         (self.bar.console if self.bar is not None else self.console).print(*args)
-
-
-def headline_text(name: str, value: float, half: float, signed: bool = False) -> str:
-    """A metric with its interval as people read it: a share in per cent, anything else as it is."""
-    sign = "+" if signed else ""
-    if name in SHARES:
-        return f"{100 * value:{sign}.2f} ± {100 * half:.2f} %"
-    return f"{value:{sign}.4f} ± {half:.4f}"

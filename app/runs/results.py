@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule
 from rich.console import Console
 from rich.table import Table
 
-from app.runs.progress import headline_text
+from datamodules.core.base import EpisodicDataModule, shape_text
 from datamodules.core.files import write_atomically
+from datamodules.core.metric import Metric
 from models.core.learner import MetaLearner
 from models.networks.batch_norm import BatchNorm
 
@@ -34,7 +36,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def results(learner: MetaLearner, data: LightningDataModule, facts: dict[str, Any]) -> dict[str, Any]:
+def processor() -> str:
+    """The processor's model, with the number of threads that compute on it."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def results(learner: MetaLearner, data: EpisodicDataModule, facts: dict[str, Any]) -> dict[str, Any]:
     """Everything that a test measured and what it was measured on, ready for JSON.
 
     Args:
@@ -44,16 +55,16 @@ def results(learner: MetaLearner, data: LightningDataModule, facts: dict[str, An
     """
     metrics = learner.stage_metrics("test").everything()
     tasks = int(metrics.pop("tasks"))
-    shape = {n: getattr(data, n) for n in ("ways", "shots", "queries", "episodes") if hasattr(data, n)}
     return {
         "algorithm": type(learner).__name__,
         "data": type(data).__name__,
-        **shape,
+        **data.task_shape(),
         "tasks": tasks,
         "metrics": {n: _metric(metrics, n) for n in metrics if not n.endswith(("_ci95", "_worst_decile", "_tasks"))},
         "transductive": learner.transductive,
         "batch_norm": learner.batch_norm if any(isinstance(m, BatchNorm) for m in learner.modules()) else None,
         **facts,
+        "processor": processor(),
         "device": "cpu" if learner.device.type == "cpu" else torch.cuda.get_device_name(learner.device),
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -72,25 +83,28 @@ def write_results(content: dict[str, Any], path: Path) -> None:
     write_atomically(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def print_results(content: dict[str, Any], folder: Path, hints: list[str], console: Console | None = None) -> None:
+def print_results(
+    content: dict[str, Any],
+    declared: Mapping[str, Metric],
+    folder: Path,
+    hints: list[str],
+    console: Console | None = None,
+) -> None:
     """The closing table: metrics with their intervals, where the run is, how to look at it."""
     console = console or Console()
-    what = f"{content['algorithm']} on {content['data']}"
-    if "shots" in content:
-        what += ", " + (f"{content['ways']}-way " if content.get("ways") else "") + f"{content['shots']}-shot"
-    if "episodes" in content:
-        what += f", {content['episodes']} episodes"
+    shape = shape_text(content)
+    what = f"{content['algorithm']} on {content['data']}{', ' if shape else ''}{shape}"
     table = Table(title=f"{what}: {content['tasks']:,} meta-test tasks", title_justify="left")
     for column in ("metric", "mean ± 95 % interval", "worst decile"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, metric in content["metrics"].items():
         mean, half = (float("nan") if (v := metric.get(k)) is None else v for k in ("mean", "ci95"))
-        worst = metric.get("worst_decile")
+        worst, told = metric.get("worst_decile"), declared[name]
         fewer = f", first {metric['tasks']:,}" if metric.get("tasks", content["tasks"]) != content["tasks"] else ""
         table.add_row(
             name + fewer,
-            headline_text(name, mean, half),
-            "" if worst is None else (f"{100 * worst:.2f} %" if name == "accuracy" else f"{worst:.4f}"),
+            told.text(mean, half),
+            "" if worst is None else (f"{100 * worst:.2f} %" if told.share else f"{worst:.4f}"),
         )
     console.print(table)
     console.print(f"batch norm: {content['batch_norm'] or 'the network has none'}", highlight=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.core.episodes import Episodes, EvaluationTasks, TaskDistribution, TrainingTasks, episode_loader
 from datamodules.core.errors import at_least
+from datamodules.core.metric import Metric
 
 
 class EpisodicDataModule(LightningDataModule):
@@ -45,6 +47,17 @@ class EpisodicDataModule(LightningDataModule):
         self.workers = workers
         self.seed = seed
         self._distributions: dict[str, TaskDistribution] = {}
+        # What earlier parts of the run consumed, perhaps in meta-batches of another size.
+        self._before = {"batches": 0, "seen": 0, "next": 0}
+
+    def task_shape(self) -> dict[str, int]:
+        """What a meta-test task looks like: ways, shots and queries; or episodes; by the names of the settings."""
+        return {}
+
+    @property
+    def own_metrics(self) -> dict[str, Metric]:
+        """What it measures of a task beside the metrics of its kind, by name."""
+        return {}
 
     def build(self, split: str) -> TaskDistribution:
         """The distribution of one split ("train", "val" or "test"), from what ``prepare_data`` left on disk."""
@@ -64,12 +77,29 @@ class EpisodicDataModule(LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _meta_steps_done(self) -> int:
+    def _meta_batches_done(self) -> int:
         # Lightning restores these counters before it asks for an iterator, which makes resume exact mid-epoch too.
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready if self.trainer else 0
 
+    @property
+    def tasks_seen(self) -> int:
+        """Training tasks consumed so far, over all processes and resumes, whatever their meta-batches were."""
+        return self._before["seen"] + (self._meta_batches_done() - self._before["batches"]) * self.meta_batch_size
+
+    def next_task(self) -> int:
+        """Number of the first training task that was not consumed yet."""
+        return self._before["next"] + (self._meta_batches_done() - self._before["batches"]) * self.meta_batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self._meta_batches_done(), "seen": self.tasks_seen, "next": self.next_task()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Meta-batches begin at multiples of their size, by which some data numbers them: none is met twice.
+        following = -(-state_dict["next"] // self.meta_batch_size) * self.meta_batch_size
+        self._before = {**state_dict, "next": following}
+
     def train_dataloader(self) -> DataLoader:
-        sampler = TrainingTasks(self.meta_batch_size, *self._rank, self._meta_steps_done)
+        sampler = TrainingTasks(self.meta_batch_size, *self._rank, self.next_task)
         return self._loader("train", sampler, self.meta_batch_size)
 
     def val_dataloader(self) -> DataLoader:
@@ -89,3 +119,11 @@ class EpisodicDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Episodes, dataloader_idx: int) -> Episodes:
         ready = self.on_device(batch)
         return ready if self.trainer is None else self.trainer.precision_plugin.convert_input(ready)  # 64-true, 16-true
+
+
+def shape_text(shape: Mapping[str, int]) -> str:
+    """A task's shape as people say it: "5-way 1-shot", "trials of 3 episodes"."""
+    words = [f"{shape['ways']}-way"] if shape.get("ways") else []
+    words += [f"{shape['shots']}-shot"] if shape.get("shots") else []
+    words += [f"trials of {shape['episodes']} episodes"] if shape.get("episodes") else []
+    return " ".join(words)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -98,6 +98,7 @@ class Episodes(MetaBatch):
         support_rows, query_rows: (T, S) and (T, Q), which image of the split each input is; None where inputs are drawn
             anew for every task.
         unlabelled_x: (T, U, *input), of each task's classes, other images than support and queries; None without.
+        task_groups: see TaskDistribution.
     """
 
     support_x: Tensor
@@ -111,6 +112,7 @@ class Episodes(MetaBatch):
     support_rows: Tensor | None = None
     query_rows: Tensor | None = None
     unlabelled_x: Tensor | None = None
+    task_groups: tuple[str, tuple[str, ...]] | None = None
 
     def fingerprint(self) -> Tensor:
         """A number by which to know each task again, (T,).
@@ -129,10 +131,37 @@ class Episodes(MetaBatch):
         return Task(support, self.query_x[i], self.query_y[i])
 
 
-class TaskDistribution(Protocol):
-    """A distribution over tasks: episode i of a split is a pure function of (seed, split, i)."""
+class TaskDistribution:
+    """A distribution over tasks: episode i of a split is a pure function of (seed, split, i).
 
-    def sample(self, indices: Sequence[int]) -> MetaBatch: ...
+    What is not known of its tasks is None.
+
+    Attributes:
+        seed: of the episodes.
+        class_names, group_names: by the class ids of ``Episodes.task["classes"]``, names and groups of the classes.
+        task_groups: what kinds of tasks there are: the fact that has each task's number, and their names by it.
+        x_range: that inputs of one number lie in.
+    """
+
+    seed: int | None = None
+    task_groups: tuple[str, tuple[str, ...]] | None = None
+    x_range: tuple[float, float] | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return None
+
+    @property
+    def group_names(self) -> list[str] | None:
+        return None
+
+    def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor | None:
+        """The true functions of tasks (T, …) at inputs (N, 1), without noise, (T, N, 1)."""
+        return None
+
+    def sample(self, indices: Sequence[int]) -> MetaBatch:
+        """The tasks of these numbers."""
+        raise NotImplementedError
 
 
 class EpisodeDataset(Dataset):
@@ -151,32 +180,31 @@ class EpisodeDataset(Dataset):
 
 
 class TrainingTasks(Sampler[list[int]]):
-    """The endless walk through the training tasks: meta-step s uses tasks [s*B, (s+1)*B), each process its share.
+    """The endless walk through the training tasks, B after B, each process its share.
 
     Args:
         meta_batch: B, the tasks of one meta-step over all processes; at least one for each process.
         rank: this process.
         world_size: number of processes.
-        first_step: called when iteration starts; the meta-step to start at (more than 0 after a resume).
+        first_task: called when iteration starts; the number of the task to start at (more than 0 after a resume).
 
     Raises:
         ValueError: fewer tasks than processes.
     """
 
-    def __init__(self, meta_batch: int, rank: int, world_size: int, first_step: Callable[[], int]) -> None:
+    def __init__(self, meta_batch: int, rank: int, world_size: int, first_task: Callable[[], int]) -> None:
         if meta_batch < world_size:
             raise ValueError(
                 f"meta_batch_size is {meta_batch} but there are {world_size} processes: give each at least one task "
                 f"(--data.init_args.meta_batch_size {world_size}) or use fewer devices"
             )
-        self.meta_batch, self.rank, self.world_size, self.first_step = meta_batch, rank, world_size, first_step
+        self.meta_batch, self.rank, self.world_size, self.first_task = meta_batch, rank, world_size, first_task
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.first_step()
+        start = self.first_task()
         while True:
-            start = step * self.meta_batch
             yield list(range(start + self.rank, start + self.meta_batch, self.world_size))
-            step += 1
+            start += self.meta_batch
 
 
 class EvaluationTasks(Sampler[list[int]]):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.core.episodes import Episodes
+from datamodules.core.episodes import Episodes, TaskDistribution
 from datamodules.core.errors import DataError
 from datamodules.core.streams import SPLITS, TaskStreams
 from datamodules.images.tasks import ImageDataModule
@@ -76,7 +76,7 @@ def import_learn2learn() -> Any:
     return learn2learn
 
 
-class TasksetEpisodes:
+class TasksetEpisodes(TaskDistribution):
     """The tasks of one learn2learn taskset by index; episode i is a pure function of (seed, split, i).
 
     learn2learn draws from the global generators and remembers what it drew. Here they are seeded from
@@ -92,6 +92,8 @@ class TasksetEpisodes:
     Raises:
         DataError: its labels are not numbers, or, in ``sample``, a task is not as described above.
     """
+
+    seed: int
 
     def __init__(self, taskset: Any, ways: int, shots: int, queries: int, *, seed: int, split: str) -> None:
         self.taskset, self.ways, self.shots, self.queries = taskset, ways, shots, queries

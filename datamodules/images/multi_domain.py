@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.core.episodes import Episodes
+from datamodules.core.episodes import Episodes, TaskDistribution
 from datamodules.core.errors import DataError
 from datamodules.core.streams import TaskStreams
 from datamodules.images.tasks import DEFAULT_ROOT, ImageClasses, ImageDataModule, ImageTasks
@@ -37,7 +37,7 @@ class Domain:
         return 255 - turned if self.invert else turned
 
 
-class MixtureTasks:
+class MixtureTasks(TaskDistribution):
     """Tasks of several domains, each task all of one; episode i is a pure function of (seed, split, i).
 
     Args:
@@ -45,8 +45,11 @@ class MixtureTasks:
         seed, split: of the episodes.
     """
 
+    seed: int
+
     def __init__(self, domains: dict[str, ImageTasks], *, seed: int, split: str) -> None:
         self.domains, self.seed, self.split = domains, seed, split
+        self.task_groups = ("domain", tuple(domains))
         parts = list(domains.values())
         # Where the rows and the class ids of each domain begin.
         self.first_row = np.cumsum([0, *(len(tasks.images) for tasks in parts)])
@@ -84,7 +87,7 @@ class MixtureTasks:
         names = ("support_x", "support_y", "query_x", "query_y", "index", "support_rows", "query_rows", "unlabelled_x")
         columns: dict[str, Any] = {name: together(name) for name in names if getattr(drawn[0], name) is not None}
         facts = {name: torch.cat([part.task[name] for part in drawn])[back] for name in drawn[0].task}
-        return Episodes(**columns, ways=drawn[0].ways, task=facts)
+        return Episodes(**columns, ways=drawn[0].ways, task=facts, task_groups=self.task_groups)
 
 
 class ImageMixture(ImageDataModule):

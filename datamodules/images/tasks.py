@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from datamodules.core.base import EpisodicDataModule
-from datamodules.core.episodes import Episodes
+from datamodules.core.episodes import Episodes, TaskDistribution
 from datamodules.core.errors import DataError, at_least
 from datamodules.core.streams import TaskStreams
 from datamodules.images.augmentation import Warp
@@ -74,7 +74,7 @@ def refuse_overlap(splits: Mapping[str, Sequence[str]]) -> None:
                 raise DataError(f"class {name!r} is in both {other} and {split}: leave it in one of the two")
 
 
-class ImageTasks:
+class ImageTasks(TaskDistribution):
     """Ways-way tasks over a set of classes; episode i is a pure function of (seed, split, i).
 
     Args:
@@ -94,6 +94,8 @@ class ImageTasks:
     Raises:
         DataError: fewer classes than ways, or a class with fewer images than shots + queries + unlabelled.
     """
+
+    seed: int
 
     def __init__(
         self,
@@ -290,6 +292,9 @@ class ImageDataModule(EpisodicDataModule):
         at_least(0, unlabelled=unlabelled)
         self.unlabelled = unlabelled
         self.root = root
+
+    def task_shape(self) -> dict[str, int]:
+        return {"ways": self.ways, "shots": self.shots, "queries": self.queries}
 
     def classes(self, split: str) -> ImageClasses:
         """The classes of one split."""

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from datamodules.core.base import EpisodicDataModule
-from datamodules.core.episodes import Episodes
+from datamodules.core.episodes import Episodes, TaskDistribution
 from datamodules.core.errors import at_least
 from datamodules.core.streams import TaskStreams
 
 Range = tuple[float, float]
+TaskGroups = tuple[str, tuple[str, ...]]
 Family = Literal["sinusoid", "line", "quadratic", "cubic"]
 
 
@@ -130,7 +131,7 @@ class FourFamilies:
         return torch.full_like(task["slope"], self.noise)
 
 
-class RegressionTasks:
+class RegressionTasks(TaskDistribution):
     """Functions of a family, each observed at uniformly drawn points; episode i is a pure function of (seed, split, i).
 
     Args:
@@ -140,7 +141,11 @@ class RegressionTasks:
         tasks: number of functions; episode i observes function i mod ``tasks``, at points of its own. None: every
             episode has its own function.
         seed, split: of the episodes.
+        task_groups: see TaskDistribution.
     """
+
+    seed: int
+    x_range: Range
 
     def __init__(
         self,
@@ -152,7 +157,9 @@ class RegressionTasks:
         tasks: int | None,
         seed: int,
         split: str,
+        task_groups: TaskGroups | None = None,
     ) -> None:
+        self.task_groups = task_groups
         self.family, self.shots, self.queries = family, shots, queries
         self.x_range, self.tasks = x_range, tasks
         self.seed, self.split = seed, split
@@ -188,6 +195,7 @@ class RegressionTasks:
             query_y=y[:, self.shots :],
             index=torch.from_numpy(index),
             task=task,
+            task_groups=self.task_groups,
         )
 
 
@@ -206,7 +214,7 @@ class RegressionDataModule(EpisodicDataModule):
     """
 
     kind = "regression"
-    ways: ClassVar[int] = 0
+    task_groups: ClassVar[TaskGroups | None] = None
 
     def __init__(
         self,
@@ -235,6 +243,9 @@ class RegressionDataModule(EpisodicDataModule):
         self.train_tasks = train_tasks
         self.x_range = x_range
 
+    def task_shape(self) -> dict[str, int]:
+        return {"shots": self.shots, "queries": self.queries}
+
     def build(self, split: str) -> RegressionTasks:
         train = split == "train"
         return RegressionTasks(
@@ -245,6 +256,7 @@ class RegressionDataModule(EpisodicDataModule):
             tasks=self.train_tasks if train else None,
             seed=self.seed,
             split=split,
+            task_groups=self.task_groups,
         )
 
 
@@ -311,6 +323,8 @@ class FourFamily(RegressionDataModule):
         noise: standard deviation of an observation's noise, in units of y.
         common: see RegressionDataModule.
     """
+
+    task_groups = ("family", FAMILIES)
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from datamodules.reinforcement.environments import Environment, EnvironmentDataM
 class BernoulliBandit(Environment):
     """Arms that pay 1 with a probability of their own, uniform in [0, 1], or nothing; an episode is one pull."""
 
-    observation_size, horizon, step_draws = 0, 1, 1
+    observation_size, horizon, step_draws, looks = 0, 1, 1, "arms"
 
     def __init__(self, arms: int) -> None:
         self.actions = self.facts = arms
@@ -35,6 +35,9 @@ class BernoulliBandit(Environment):
 
     def optimum(self, task: Facts) -> Tensor:
         return task["arms"].amax(1)
+
+    def chance(self, task: Facts) -> Tensor:
+        return task["arms"].mean(1)
 
 
 class Bandits(EnvironmentDataModule):

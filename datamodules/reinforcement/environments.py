@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from datamodules.core.base import EpisodicDataModule
-from datamodules.core.episodes import MetaBatch
+from datamodules.core.episodes import MetaBatch, TaskDistribution
 from datamodules.core.errors import at_least
 from datamodules.core.streams import TaskStreams
 
@@ -50,6 +50,8 @@ class Environment:
         start_draws, step_draws: uniform numbers that the start of an episode and a step take.
         facts: numbers of what tells the tasks apart, as ``describe`` has it.
         revealed: the agent sees what tells the tasks apart, beside each observation: an oracle.
+        looks: what figures show of it: "arms" that are pulled, or positions on the "plane" that observations begin with
+            and the fact "goal" lies on, within a ``radius`` of which there is a reward.
     """
 
     observation_size: int
@@ -60,6 +62,8 @@ class Environment:
     step_draws: int = 0
     facts: int
     revealed: bool = False
+    looks: Literal["arms", "plane"] | None = None
+    radius: float | None = None
 
     def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
         """What tells the drawn tasks apart, by name, each (T, …)."""
@@ -79,6 +83,14 @@ class Environment:
 
     def optimum(self, task: Facts) -> Tensor | None:
         """Expected return of an episode by the best policy there is for each task, (N,), where it is known."""
+        return None
+
+    def chance(self, task: Facts) -> Tensor | None:
+        """Expected return of an episode of random actions, (N,), where it is known."""
+        return None
+
+    def rendering(self) -> Environment | None:
+        """The same with a method ``render`` and the frames per second ``fps``; None where it cannot be rendered."""
         return None
 
     def describe(self, task: Facts) -> Tensor:
@@ -143,7 +155,7 @@ class Environments(MetaBatch):
         return (numbers + 1).square() @ torch.arange(1, numbers.shape[1] + 1).to(facts).sqrt()
 
 
-class EnvironmentTasks:
+class EnvironmentTasks(TaskDistribution):
     """Environments of a family; task i is a pure function of (seed, split, i).
 
     Args:
@@ -152,6 +164,8 @@ class EnvironmentTasks:
         tasks: number of different environments; task i is one of them, drawn at random. None: each is another.
         seed, split: of the tasks.
     """
+
+    seed: int
 
     def __init__(self, environment: Environment, episodes: int, tasks: int | None, seed: int, split: str) -> None:
         self.environment, self.episodes, self.tasks = environment, episodes, tasks
@@ -185,7 +199,6 @@ class EnvironmentDataModule(EpisodicDataModule):
     """
 
     kind = "reinforcement"
-    ways: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -205,6 +218,9 @@ class EnvironmentDataModule(EpisodicDataModule):
         environment.revealed = revealed
         self.environment = environment
         self.episodes, self.train_tasks, self.revealed = episodes, train_tasks, revealed
+
+    def task_shape(self) -> dict[str, int]:
+        return {"episodes": self.episodes}
 
     def build(self, split: str) -> EnvironmentTasks:
         tasks = self.train_tasks if split == "train" else None

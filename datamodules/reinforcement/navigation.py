@@ -22,7 +22,7 @@ class DenseNavigation(Environment):
     Goals are uniform in the square [-1, 1]², as in the released code of PEARL.
     """
 
-    observation_size, actions, discrete, start_draws, facts = 2, 2, False, 2, 2
+    observation_size, actions, discrete, start_draws, facts, looks = 2, 2, False, 2, 2, "plane"
 
     def __init__(self, horizon: int) -> None:
         self.horizon = horizon
@@ -52,6 +52,8 @@ class SparseNavigation(DenseNavigation):
         horizon: steps of an episode.
         radius: of the goal.
     """
+
+    radius: float
 
     def __init__(self, horizon: int, radius: float) -> None:
         super().__init__(horizon)

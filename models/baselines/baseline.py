@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import ConfigError, at_least
+from models.core.base_learner import Parameters
 from models.core.embedding_learner import Embedded, EmbeddingLearner
-from models.core.inner_loop import Adapted, Parameters, adapted, call, class_means, inner_gradient, mini_batches, query
+from models.core.inner_loop import Adapted, adapted, call, class_means, inner_gradient, mini_batches, query
 from models.core.learner import Paper
 from models.networks.backbones import Backbone
 
@@ -72,6 +73,7 @@ class Baseline(EmbeddingLearner):
         self.momentum, self.dampening, self.weight_decay = momentum, dampening, weight_decay
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage == "fit":
             names = getattr(self.trainer.datamodule.distribution("train"), "class_names", None)
             if names is None or len(names) != self.classes:

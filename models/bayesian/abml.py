@@ -12,12 +12,10 @@ from torch.distributions import Normal
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
+from models.core.base_learner import BaseLearner, Parameters
 from models.core.inner_loop import (
-    Parameters,
     adapted,
-    base_learner,
     call,
-    for_ways,
     last,
     query,
     sgd_path,
@@ -113,7 +111,7 @@ class ABML(MetaLearner):
         for name, value in {"deviation": deviation, "noise": noise}.items():
             if not value > 0:
                 raise ValueError(f"{name} is {value} but is a standard deviation: it must be above 0")
-        self.learner = make_bayesian(base_learner(backbone, outputs), deviation)
+        self.learner = make_bayesian(BaseLearner(backbone, outputs), deviation)
         self.log_noise = nn.Parameter(torch.tensor(math.log(noise)), requires_grad=learned_noise)
         self.outputs = outputs
         self.inner_rate = inner_rate
@@ -128,7 +126,7 @@ class ABML(MetaLearner):
     def prior(self, ways: int) -> tuple[Parameters, Parameters]:
         """θ for so many classes, 0 for those that it is trained on, and what does not adapt."""
         theta, fixed = split_parameters(self.learner, adapt_normalization=False)
-        return for_ways(theta, ways), fixed
+        return self.learner.resize_head(theta, ways), fixed
 
     def draws(self, q: Parameters, samples: int, seed: int) -> Iterator[Parameters]:
         """What to run the network with, once for each draw of its weights."""
@@ -137,7 +135,7 @@ class ABML(MetaLearner):
             return
         generator = torch.Generator(next(iter(q.values())).device).manual_seed(seed)
         for _ in range(self.eval_samples):
-            yield draw(q, generator)
+            yield draw(q, generator, [n for n in self.learner.head_parameters() if not n.endswith(RHO)])
 
     def surprise(self, outputs: list[Tensor], target: Tensor) -> Tensor:
         """-E_q[log p(y|x, φ)] over draws of the network's outputs (N, …), nats per example."""

@@ -14,13 +14,11 @@ from torch.func import vmap
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
 from models.bayesian.svgd import flat, split_into_particles, svgd_direction, unflat
+from models.core.base_learner import BaseLearner, Parameters
 from models.core.inner_loop import (
     Adapted,
-    Parameters,
     adapted,
-    base_learner,
     call,
-    for_ways,
     inner_gradient,
     last,
     query,
@@ -121,9 +119,9 @@ class BMAML(MetaLearner):
         at_least(0, follow_steps=follow_steps, eval_inner_steps=eval_inner_steps)
         if noise is not None and not 0 < noise < math.inf:
             raise ValueError(f"noise is {noise} but is a standard deviation: it must be finite and above 0")
-        self.learner = base_learner(backbone, outputs)
+        self.learner = BaseLearner(backbone, outputs)
         self.whole = adapt == "all"
-        split_into_particles(self.learner if self.whole else self.learner.get_submodule("head"), particles)
+        split_into_particles(self.learner if self.whole else self.learner.head, particles)
         self.outputs, self.particles = outputs, particles
         self.svgd, self.meta_loss = svgd, meta_loss
         self.inner_rate, self.precision_rate = inner_rate, precision_rate
@@ -139,8 +137,8 @@ class BMAML(MetaLearner):
         if self.whole:
             fixed = fixed | dict(self.learner.named_buffers())
         else:
-            moving, fixed = {n: p for n, p in moving.items() if n.startswith("head.")}, {}
-        particles = vmap(lambda p: for_ways(p, ways))(moving)
+            moving, fixed = {n: p for n, p in moving.items() if self.learner.in_head(n)}, {}
+        particles = vmap(lambda p: self.learner.resize_head(p, ways))(moving)
         precisions = {n: p for n in PRECISIONS if (p := getattr(self, n)) is not None}
         return particles | precisions, fixed
 
@@ -187,12 +185,12 @@ class BMAML(MetaLearner):
 
     def seen(self, x: Tensor) -> Tensor:
         """What the particles see of a support set: features, which no step changes, where only heads adapt."""
-        return x if self.whole else call(self.learner.get_submodule("backbone"), {}, x, self.statistics_source)
+        return x if self.whole else call(self.learner.backbone, {}, x, self.statistics_source)
 
     def state(self, particles: Parameters, fixed: Parameters, support: Support, step: int) -> Adapted:
         """Particles together with what batch norm in this mode needs of the support set."""
         if not self.whole:
-            of_backbone = adapted(self.learner.get_submodule("backbone"), {}, support, self.batch_norm)
+            of_backbone = adapted(self.learner.backbone, {}, support, self.batch_norm)
             return of_backbone._replace(parameters=particles, step=step)
 
         def statistics(parameters: Parameters) -> Statistics | None:
@@ -216,7 +214,7 @@ class BMAML(MetaLearner):
         """What the particles see of queries, (Q, features), or the queries themselves."""
         if self.whole:
             return x
-        return query(self.learner.get_submodule("backbone"), state._replace(parameters={}), x, self.statistics_source)
+        return query(self.learner.backbone, state._replace(parameters={}), x, self.statistics_source)
 
     def particle_outputs(self, state: Adapted, x: Tensor) -> Tensor:
         """The outputs (M, Q, outputs) of every particle for what ``query_features`` gives."""

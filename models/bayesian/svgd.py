@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.core.inner_loop import Parameters
+from models.core.base_learner import Parameters
 from models.networks.backbones import Backbone
 
 

@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
+from datamodules.core.metric import Metric
 from models.core.inner_loop import Adapted, adapted, class_means, query, task_features
 from models.core.learner import MetaLearner, Paper
 from models.networks.backbones import Backbone
@@ -66,6 +67,8 @@ class WeightGenerator(MetaLearner):
         "https://openreview.net/forum?id=HkxStoC5F7",
     )
     tasks = frozenset({"classification"})
+
+    own_metrics = {"kl": Metric()}
 
     def __init__(
         self,

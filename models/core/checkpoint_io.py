@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,30 +21,75 @@ from datamodules.core.files import write_atomically
 CHECKPOINTS = "checkpoints"  # folder of a run
 
 
+# A checkpoint is a zip archive, at whose end there may be a comment: torch passes over it.
+_SEAL = b"metabolt sha256 "
+_END, _END_SIZE = b"PK\x05\x06", 22  # of a zip archive without a comment; its last two bytes are the comment's length
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint is there whole or not at all, also after a kill or on a full disk, and loads as weights only."""
+    """A checkpoint is there whole or not at all, also after a kill or on a full disk, and loads as weights only.
+
+    It is written with a checksum of all its bytes, which every load verifies.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         try:
-            write_atomically(Path(path), buffer.getvalue())
+            write_atomically(Path(path), sealed(buffer.getvalue()))
         except OSError as error:
             # A long training is worth more than this checkpoint: what was there before is untouched.
             cure = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
             rank_zero_warn(f"could not write {path} ({error.strerror}): training goes on, {cure} before it ends")
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        return load_checkpoint(path, map_location)
+        # As Lightning's own: what a GPU wrote loads where there is none, and the strategy moves it on.
+        return load_checkpoint(path, "cpu" if map_location is None else map_location)
+
+
+def sealed(archive: bytes) -> bytes:
+    """A zip archive with its checksum as its comment."""
+    comment = _SEAL + hashlib.sha256(archive).hexdigest().encode()
+    return archive[:-2] + struct.pack("<H", len(comment)) + comment
+
+
+def refuse_damaged(path: str | Path) -> None:
+    """See whether a checkpoint's bytes are those that were written: by its checksum, or else by those of its parts.
+
+    Raises:
+        ConfigError: they are not.
+        OSError: it cannot be read.
+    """
+    size = Path(path).stat().st_size
+    comment = len(_SEAL) + 64
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _END_SIZE - comment))
+        tail = file.read()
+        if tail.startswith(_END) and tail[_END_SIZE:].startswith(_SEAL):
+            digest, left = hashlib.sha256(), size - comment - 2
+            file.seek(0)
+            while left:
+                part = file.read(min(left, 2**24))
+                digest.update(part)
+                left -= len(part)
+            digest.update(b"\0\0")
+            whole = digest.hexdigest().encode() == tail[_END_SIZE + len(_SEAL) :]
+            whole = whole and tail[_END_SIZE - 2 : _END_SIZE] == struct.pack("<H", comment)
+        else:  # of another program, unless its seal is what was damaged
+            with zipfile.ZipFile(file) as archive:
+                whole = tail[-_END_SIZE:].startswith(_END) and archive.testzip() is None
+    if not whole:
+        raise ConfigError(f"{path} is damaged, its checksum is another than when it was written: give another file")
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint, which runs no code (``weights_only=True``).
+    """The content of a checkpoint that is whole; it runs no code (``weights_only=True``).
 
     Raises:
         ConfigError: the file is not a whole checkpoint.
     """
     try:
+        refuse_damaged(path)
         return torch.load(path, map_location=map_location, weights_only=True)
     except (
         RuntimeError,

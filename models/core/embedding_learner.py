@@ -55,6 +55,9 @@ class EmbeddingLearner(MetaLearner):
         """Embeddings (N, features) of inputs (N, *input)."""
         return self.backbone(x)
 
+    def embeddings(self, x: Tensor) -> Tensor:
+        return self.embed(x)
+
     def summarize(self, z: Tensor, support: Support) -> Any:
         """What queries are compared with, from the support set and its embeddings (S, features)."""
         raise NotImplementedError

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from datamodules.core.episodes import Support
 from datamodules.core.errors import at_least
+from models.core.base_learner import BaseLearner
 from models.core.inner_loop import Adapted, last, query
 from models.core.learner import MetaLearner
 from models.networks.batch_norm import BatchNormMode
@@ -25,7 +26,7 @@ class GradientLearner(MetaLearner):
         batch_norm, **others: see MetaLearner.
     """
 
-    learner: nn.Module
+    learner: BaseLearner
 
     def __init__(
         self,

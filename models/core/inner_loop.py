@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from datamodules.core.episodes import Support, Task
-from models.networks.backbones import Backbone
+from models.core.base_learner import Parameters
 from models.networks.batch_norm import (
     BatchNorm,
     BatchNormMode,
@@ -24,7 +24,6 @@ from models.networks.batch_norm import (
     statistics_of,
 )
 
-Parameters = dict[str, Tensor]
 State = TypeVar("State")
 
 
@@ -42,14 +41,6 @@ class Adapted(NamedTuple):
     statistics: Statistics | None = None
     support_x: Tensor | None = None
     step: int = 0
-
-
-def base_learner(backbone: Backbone, outputs: int) -> nn.Sequential:
-    """A backbone and a linear head of so many rows."""
-    module = nn.Sequential()
-    module.add_module("backbone", backbone)
-    module.add_module("head", nn.Linear(backbone.out_features, outputs))
-    return module
 
 
 def call(module: nn.Module, parameters: Parameters, x: Tensor, source: Source = "batch", step: int = 0) -> Tensor:
@@ -188,21 +179,3 @@ def split_parameters(module: nn.Module, adapt_normalization: bool) -> tuple[Para
         fixed = {id(p) for m in module.modules() if isinstance(m, BatchNorm) for p in m.parameters()}
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     return {n: p for n, p in named if id(p) not in fixed}, {n: p for n, p in named if id(p) in fixed}
-
-
-def for_ways(parameters: Parameters, ways: int) -> Parameters:
-    """Parameters, or what has their shapes, with the rows of the head for so many classes; 0 leaves them."""
-    if not ways:
-        return parameters
-    return {n: fit_outputs(p, ways) if n.startswith("head.") else p for n, p in parameters.items()}
-
-
-def fit_outputs(weight: Tensor, outputs: int) -> Tensor:
-    """A linear head's rows (or bias) for another number of classes.
-
-    The first ``outputs`` rows; classes beyond the trained ones start from the mean row, which serves any class when
-    labels are permuted (Ye and Chao, ICLR 2022).
-    """
-    if outputs <= len(weight):
-        return weight[:outputs]
-    return torch.cat([weight, weight.mean(0, keepdim=True).expand(outputs - len(weight), *weight.shape[1:])])

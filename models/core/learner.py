@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -16,8 +16,11 @@ from torch.utils._pytree import tree_map
 
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import ConfigError
+from datamodules.core.metric import Metric
+from models.core.base_learner import BaseLearner
 from models.core.metrics import FINGERPRINT, TaskMetrics, classification_metrics, regression_metrics
 from models.core.predictions import Mixture, Prediction
+from models.core.task_kinds import KINDS
 from models.core.task_map import map_tasks
 from models.networks.batch_norm import BatchNorm, BatchNormMode, Statistics, recording
 
@@ -52,6 +55,8 @@ class MetaLearner(pl.LightningModule):
 
     paper: ClassVar[Paper]
     tasks: ClassVar[frozenset[Literal["classification", "regression", "reinforcement"]]]
+    own_metrics: ClassVar[Mapping[str, Metric]] = {}
+    """What it measures of a task beside the metrics of its kind, by name."""
 
     def __init__(
         self,
@@ -67,7 +72,18 @@ class MetaLearner(pl.LightningModule):
         self.scheduler = scheduler
         self.batch_norm: BatchNormMode = batch_norm
         self.chunk = chunk
-        self.metrics = torch.nn.ModuleDict({f"{stage}_tasks": TaskMetrics() for stage in ("train", "val", "test")})
+        stages = ("train", "val", "test")
+        self.metrics = torch.nn.ModuleDict({f"{s}_tasks": TaskMetrics(self.declared_metrics()) for s in stages})
+
+    @classmethod
+    def declared_metrics(cls) -> dict[str, Metric]:
+        """All that may be measured of a task, by name: of its kinds of task, and each class's own."""
+        declared = {"loss": Metric("lower")}
+        for kind in sorted(cls.tasks):
+            declared |= KINDS[kind].metrics
+        for base in reversed(cls.__mro__):
+            declared |= vars(base).get("own_metrics", {})
+        return declared
 
     # What an algorithm overrides ------------------------------------------------------------------------------------
 
@@ -88,18 +104,31 @@ class MetaLearner(pl.LightningModule):
 
         A third value, a dictionary of tensors, is what the task leaves to the learner beyond its gradient:
         ``update_from_tasks`` gets its mean over the meta-batch. Under "metrics" it may hold a dictionary of scalars to
-        report of the task.
+        report of the task, which ``own_metrics`` declares.
         """
         prediction = self.predict(self.adapt(task.support), task.query_x)
         return self.loss(prediction, task.query_y), prediction
 
     def task_metrics(self, batch: Episodes) -> dict[str, Tensor]:
-        """Metrics of each task, (T, …), that evaluation has beside those of its predictions."""
+        """Metrics of each task, (T, …), that evaluation has beside those of its predictions; declared as any."""
         return {}
 
     def update_from_tasks(self, values: dict[str, Any]) -> None:
         """Take what the tasks of a meta-batch left, averaged over them and over all processes."""
         raise NotImplementedError
+
+    def embeddings(self, x: Tensor) -> Tensor | None:
+        """Of inputs (N, *input) each by itself, (N, features), to be looked at; None where it has none."""
+        return None
+
+    def generated_images(self, support: Support, count: int) -> Tensor | None:
+        """So many images (count, C, H, W) that it makes for a task, as bright as they are; None where it makes none."""
+        return None
+
+    def class_rows(self) -> dict[str, Tensor]:
+        """Parameters with a row for each class, by name: of base learners' heads, and what an algorithm adds."""
+        heads = {n: m for n, m in self.named_modules() if isinstance(m, BaseLearner)}
+        return {f"{n}.{own}": p for n, head in heads.items() for own, p in head.head_parameters().items()}
 
     @property
     def statistics_source(self) -> Literal["batch", "running", "none"]:
@@ -184,7 +213,7 @@ class MetaLearner(pl.LightningModule):
     @property
     def tasks_seen(self) -> int:
         """Training tasks consumed so far, over all processes and resumes."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready * self.trainer.datamodule.meta_batch_size
+        return self.trainer.datamodule.tasks_seen
 
     @property
     def meta_updates(self) -> int:
@@ -192,12 +221,20 @@ class MetaLearner(pl.LightningModule):
         trainer = getattr(self, "_trainer", None)
         return 0 if trainer is None else trainer.global_step
 
+    def all_metrics(self) -> dict[str, Metric]:
+        """What is declared of all that it measures, the data's own metrics included once a Trainer has them."""
+        return self.stage_metrics("test").declared
+
     def log_stage(self, stage: str) -> None:
         """Log what a stage's tasks came to, and forget them."""
         metrics = {f"{stage}/{name}": value for name, value in self.stage_metrics(stage).compute().items()}
         # Equal on every process already; sync_dist only tells Lightning so.
         self.log_dict({**metrics, "tasks_seen": float(self.tasks_seen)}, sync_dist=stage != "train")
         self.stage_metrics(stage).reset()
+
+    def setup(self, stage: str) -> None:
+        for metrics in self.metrics.values():
+            cast(TaskMetrics, metrics).declared.update(self.trainer.datamodule.own_metrics)
 
     def on_train_batch_start(self, batch: Episodes, batch_idx: int) -> None:
         # What a step draws (dropout, latent samples) is a function of seed, step and process: resume is exact.

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+import torchmetrics
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from datamodules.core.metric import Metric
 from models.core.predictions import Mixture, Prediction
 
 ECE_BINS = 15
 LEVELS = 20  # of predictive intervals: 5 %, 10 %, … 100 %
 INTERVAL = 0.95  # the probability of the predictive interval whose coverage and width are told
-HEADLINES = {"classification": ("accuracy", "max"), "regression": ("mse", "min"), "reinforcement": ("return", "max")}
-"""By kind of task, the metric that selects the best checkpoint, and whether "max" or "min" is better."""
+
+
+def as_results(declared: Mapping[str, Metric]) -> dict[str, Metric]:
+    """What is declared, by the names that results have: counts by that of what is pooled from them, without curves."""
+    return {metric.pooled or name: metric for name, metric in declared.items() if not metric.curve}
 
 
 def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -111,52 +115,60 @@ def mutual_information(table: Tensor) -> Tensor:
     return 2 * (rows + columns - both) / (rows + columns).clamp(min=torch.finfo(p.dtype).tiny)
 
 
-POOLED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "bins": ("ece", calibration_error),
-    "levels": ("coverage_error", coverage_error),
-    "families": ("nmi", mutual_information),
-    "of_optimum": ("normalised_return", lambda sums: sums[..., 0] / sums[..., 1]),
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ece": calibration_error,
+    "coverage_error": coverage_error,
+    "nmi": mutual_information,
+    "normalised_return": lambda sums: sums[..., 0] / sums[..., 1],
 }
-"""What is pooled over the tasks before it makes a metric: by the name of the counts, that metric."""
-CURVES = frozenset({"returns"})
-"""Names of what each task has several of, in order: kept for pictures, and no metric by itself."""
-LOWER_IS_BETTER = frozenset({"regret", "mse", "nll", "loss", "inner_gradient", "reconstruction"})
-"""Names whose worst decile is the highest."""
-NEITHER_IS_BETTER = frozenset(
-    {
-        *("coverage", "width", "known_entropy", "unknown_entropy", "assignment_entropy"),
-        *("real_loss", "fake_loss", "generator_loss", "kl"),
-        *("q_loss", "v_loss", "policy_loss"),
-    }
-)
-"""Names without a worst decile."""
+"""By the name of a metric that is pooled over tasks, what makes it of the sum of their counts."""
 FINGERPRINT = "fingerprint"
 """Among the facts of a task, the number to know it again by."""
 
 
-def aggregate(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Metrics over tasks, from those of each task (T, …).
+def aggregate(values: Mapping[str, Tensor], declared: Mapping[str, Metric]) -> dict[str, float]:
+    """Metrics over tasks, from what is kept of each task (T, …).
 
     For each name its mean, ``…_ci95`` and ``…_worst_decile``; what is pooled, as ``ece``, with its interval.
+
+    Raises:
+        ValueError: a name that is not declared.
     """
     result: dict[str, float] = {}
-    for name, values in metrics.items():
-        if name in CURVES:
+    for name, of_tasks in values.items():
+        metric, of_tasks = declaration(name, declared), of_tasks.double()
+        if metric.curve:
             continue
-        if name in POOLED:
-            name, pooled = POOLED[name]
-            result[name] = pooled(values.double().sum(0)).item()
-            result[f"{name}_ci95"] = (1.96 * resampled(values.double(), pooled).std()).item()
+        if metric.pooled is not None:
+            pool = POOLS[metric.pooled]
+            result[metric.pooled] = pool(of_tasks.sum(0)).item()
+            result[f"{metric.pooled}_ci95"] = (1.96 * resampled(of_tasks, pool).std()).item()
             continue
-        result[name], result[f"{name}_ci95"] = interval(values)
-        if name not in NEITHER_IS_BETTER:
-            worst = values.double().sort(descending=name in LOWER_IS_BETTER).values
+        result[name], result[f"{name}_ci95"] = interval(of_tasks)
+        if metric.better != "neither":
+            worst = of_tasks.sort(descending=metric.better == "lower").values
             result[f"{name}_worst_decile"] = worst[: max(1, len(worst) // 10)].mean().item()
     return result
 
 
-class TaskMetrics(Metric):
+def declaration(name: str, declared: Mapping[str, Metric]) -> Metric:
+    """What is declared under a name.
+
+    Raises:
+        ValueError: nothing.
+    """
+    if name not in declared:
+        raise ValueError(
+            f"metric {name!r} is not declared: add it to own_metrics of the learner or data that measures it"
+        )
+    return declared[name]
+
+
+class TaskMetrics(torchmetrics.Metric):
     """Collects the metrics of every task; ``compute`` aggregates them over unique tasks of all processes.
+
+    Args:
+        declared: by name, what may be measured.
 
     Attributes:
         all_tasks: the table over all processes, once ``compute`` has run.
@@ -166,8 +178,9 @@ class TaskMetrics(Metric):
     index: list[Tensor]
     full_state_update = False
 
-    def __init__(self) -> None:
+    def __init__(self, declared: Mapping[str, Metric]) -> None:
         super().__init__()
+        self.declared = dict(declared)
         self.names: list[str] = []
         self.facts: list[str] = []
         self.all_tasks: dict[str, Tensor] = {}
@@ -175,7 +188,13 @@ class TaskMetrics(Metric):
         self.add_state("index", default=[], dist_reduce_fx="cat")
 
     def update(self, index: Tensor, metrics: dict[str, Tensor], facts: dict[str, Tensor] | None = None) -> None:
-        """Add tasks: their numbers (T,), their metrics and what else is to be kept of them, each (T, …)."""
+        """Add tasks: their numbers (T,), their metrics and what else is to be kept of them, each (T, …).
+
+        Raises:
+            ValueError: a metric that is not declared.
+        """
+        for name in metrics:
+            declaration(name, self.declared)
         for names, values in ((self.names, metrics), (self.facts, facts or {})):
             for name, value in values.items():
                 if name not in names:
@@ -200,12 +219,12 @@ class TaskMetrics(Metric):
         # Here the states of all processes are together; the table of each alone is not whole.
         self.all_tasks = self.table()
         of_tasks = {name: self.all_tasks[name] for name in self.names}
-        return {"tasks": float(len(self.all_tasks["index"])), **aggregate(of_tasks)}
+        return {"tasks": float(len(self.all_tasks["index"])), **aggregate(of_tasks, self.declared)}
 
     def everything(self) -> dict[str, float]:
         """``compute``, and the metrics of a ``subset``, each with its number of tasks, ``…_tasks``."""
         sizes = {f"{name}_tasks": float(len(values)) for name, values in self.subset.items()}
-        return self.compute() | aggregate(self.subset) | sizes
+        return self.compute() | aggregate(self.subset, self.declared) | sizes
 
 
 def _first_of_each(index: Tensor) -> tuple[Tensor, Tensor]:

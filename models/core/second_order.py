@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from models.core.inner_loop import Parameters, inner
+from models.core.base_learner import Parameters
+from models.core.inner_loop import inner
 
 
 def hessian_product(loss: Callable[[Parameters], Tensor], parameters: Parameters) -> Callable[[Parameters], Parameters]:

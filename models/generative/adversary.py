@@ -17,6 +17,7 @@ from torch.func import grad_and_value
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
+from datamodules.core.metric import Metric
 from models.core.inner_loop import with_gradient
 from models.networks.batch_norm import recording
 
@@ -107,6 +108,13 @@ class Generator(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = conv(F.relu(norm(x)))
         return x[..., : self.shape[1], : self.shape[2]].sigmoid()
+
+
+OWN_METRICS = {
+    "supervised_loss": Metric("lower"),
+    **{name: Metric() for name in ("real_loss", "fake_loss", "generator_loss", "kl")},
+}
+"""What ``Adversary.objective`` measures of a task."""
 
 
 class Adversary(nn.Module):

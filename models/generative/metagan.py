@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules.core.episodes import Support, Task
+from models.core.base_learner import BaseLearner, Parameters
 from models.core.gradient_learner import GradientLearner
-from models.core.inner_loop import Adapted, Parameters, adapted, call, for_ways, sgd_path, split_parameters
+from models.core.inner_loop import Adapted, adapted, call, sgd_path, split_parameters
 from models.core.learner import Paper
-from models.generative.adversary import GAN, Adversary
+from models.generative.adversary import GAN, OWN_METRICS, Adversary
 from models.metric.relation_net import RelationNet
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode
@@ -27,13 +28,11 @@ PAPER = Paper(
 )
 
 
-class Discriminator(nn.Module):
-    """A backbone with two linear heads, of the classes and of fakes: logits (n, outputs + 1), fakes last."""
+class Discriminator(BaseLearner):
+    """A base learner with a second linear head, of fakes: logits (n, outputs + 1), fakes last."""
 
     def __init__(self, backbone: Backbone, outputs: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.out_features, outputs)
+        super().__init__(backbone, outputs)
         self.fake = nn.Linear(backbone.out_features, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,6 +63,7 @@ class MetaGAN(GradientLearner):
     """
 
     paper = PAPER
+    own_metrics = OWN_METRICS
     tasks = frozenset({"classification"})
 
     def __init__(
@@ -96,7 +96,9 @@ class MetaGAN(GradientLearner):
             terms, _ = self.adversary.discriminator_terms(logits, Task(support, support.x, support.y), fakes)
             return self.adversary.discriminator_loss(terms)
 
-        path = sgd_path(support_loss, for_ways(start, support.ways), self.inner_rate, self.steps, self.first_order)
+        path = sgd_path(
+            support_loss, self.learner.resize_head(start, support.ways), self.inner_rate, self.steps, self.first_order
+        )
         for step, parameters in enumerate(path):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
 
@@ -106,6 +108,9 @@ class MetaGAN(GradientLearner):
 
     def predict(self, state: Adapted, query_x: Tensor) -> Tensor:
         return self.logits(state, query_x)[:, :-1]
+
+    def generated_images(self, support: Support, count: int) -> Tensor:
+        return self.adversary(support, count)[0]
 
     def objective(self, task: Task) -> tuple[Any, ...]:
         state = self.adapt(task.support)
@@ -127,6 +132,7 @@ class MetaGANRelation(RelationNet):
     """
 
     paper = PAPER
+    own_metrics = OWN_METRICS
 
     def __init__(
         self,
@@ -139,6 +145,9 @@ class MetaGANRelation(RelationNet):
     ) -> None:
         super().__init__(backbone, "cross_entropy", filters, hidden, padding, **others)
         self.adversary = Adversary(backbone.input_shape, gan)
+
+    def generated_images(self, support: Support, count: int) -> Tensor:
+        return self.adversary(support, count)[0]
 
     def objective(self, task: Task) -> tuple[Any, ...]:
         support = task.support

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 RHO = "_rho"
+Module = TypeVar("Module", bound=nn.Module)
 """What the name of a mean is followed by in the name of its log standard deviation."""
 
 TINY = 1e-20  # added to a variance, whose root has no slope at 0
@@ -71,7 +74,7 @@ class BayesianConv2d(nn.Module):
         return y if self.bias_rho is None else y + _noise(mean) * self.bias_rho.exp()[:, None, None]
 
 
-def make_bayesian(module: nn.Module, deviation: float) -> nn.Module:
+def make_bayesian(module: Module, deviation: float) -> Module:
     """Swap every ``nn.Linear`` and ``nn.Conv2d`` inside for its Bayesian kind, in place; all else keeps its values."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
@@ -105,10 +108,16 @@ def log_hyperprior(prior: dict[str, Tensor], shape: float, rate: float) -> Tenso
     return total
 
 
-def draw(q: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Weights from a Gaussian, under the names of their means; parameters without a deviation as they are."""
+def draw(q: dict[str, Tensor], generator: torch.Generator, head: Collection[str]) -> dict[str, Tensor]:
+    """Weights from a Gaussian, under the names of their means; parameters without a deviation as they are.
+
+    Args:
+        q: means and log deviations.
+        generator: of the noise.
+        head: names of what has a row for each class, the matrix first.
+    """
     # The noise of a class goes by its row, not by its number: names of classes must not matter.
-    rank = q["head.weight"].detach().sum(1).argsort().argsort()
+    rank = q[next(iter(head))].detach().sum(1).argsort().argsort()
     drawn = {}
     for name, mean in q.items():
         if name.endswith(RHO):
@@ -116,7 +125,7 @@ def draw(q: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         drawn[name] = mean
         if (rho := name + RHO) in q:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-            drawn[name] = mean + q[rho].exp() * (noise[rank] if name.startswith("head.") else noise)
+            drawn[name] = mean + q[rho].exp() * (noise[rank] if name in head else noise)
     return drawn
 
 

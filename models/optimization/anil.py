@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.core.episodes import Support
+from models.core.base_learner import BaseLearner, Parameters
 from models.core.gradient_learner import GradientLearner
-from models.core.inner_loop import Adapted, Parameters, adapted, base_learner, call, for_ways, sgd_path
+from models.core.inner_loop import Adapted, adapted, call, sgd_path
 from models.core.learner import Paper
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode
@@ -50,15 +51,14 @@ class ANIL(GradientLearner):
         **others: Any,
     ) -> None:
         super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
-        self.learner = base_learner(backbone, outputs)
+        self.learner = BaseLearner(backbone, outputs)
         self.inner_rate = inner_rate
         self.first_order = first_order
 
     def adaptation(self, support: Support) -> Iterator[Adapted]:
-        head = for_ways({n: p for n, p in self.learner.named_parameters() if n.startswith("head.")}, support.ways)
-        features = call(
-            self.learner.get_submodule("backbone"), {}, support.x, self.statistics_source
-        )  # once: no step changes them
+        head = self.learner.resize_head(self.learner.head_parameters(), support.ways)
+        # Once: no step changes them.
+        features = call(self.learner.backbone, {}, support.x, self.statistics_source)
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             weight, bias = parameters["head.weight"], parameters["head.bias"]

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
+from datamodules.core.metric import Metric
+from models.core.base_learner import BaseLearner, Parameters
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import (
     Adapted,
-    Parameters,
     adapted,
-    base_learner,
     call,
-    for_ways,
     inner,
     inner_gradient,
     split_parameters,
@@ -67,6 +66,8 @@ class IMAML(GradientLearner):
     )
     tasks = frozenset({"classification", "regression"})
 
+    own_metrics = {"inner_gradient": Metric("lower")}
+
     def __init__(
         self,
         backbone: Backbone,
@@ -93,7 +94,7 @@ class IMAML(GradientLearner):
                 raise ValueError(f"{name} is {value} but must be at least 0")
         if solver == "hessian_free" and eval_lambda == 0:
             raise ValueError("eval_lambda is 0 but must be above 0 for the Hessian-free solver")
-        self.learner = base_learner(backbone, outputs)
+        self.learner = BaseLearner(backbone, outputs)
         self.solver = solver
         self.inner_rate = inner_rate
         self.eval_lambda = eval_lambda
@@ -117,7 +118,7 @@ class IMAML(GradientLearner):
             outputs = call(self.learner, parameters | fixed, support.x, self.statistics_source)
             return self.loss(outputs, support.y)
 
-        return for_ways(start, support.ways), fixed, support_loss
+        return self.learner.resize_head(start, support.ways), fixed, support_loss
 
     def proximal_gradient(self, loss: Loss, at: Parameters, start: Parameters) -> Parameters:
         """∇G(φ)."""

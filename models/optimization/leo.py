@@ -14,7 +14,9 @@ from torch.distributions import Normal, kl_divergence
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
-from models.core.inner_loop import Adapted, Parameters, adapted, class_means, last, query, sgd_path, task_features
+from datamodules.core.metric import Metric
+from models.core.base_learner import Parameters
+from models.core.inner_loop import Adapted, adapted, class_means, last, query, sgd_path, task_features
 from models.core.learner import MetaLearner, Paper
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode, normalize_by
@@ -71,6 +73,8 @@ class LEO(MetaLearner):
         "https://arxiv.org/abs/1807.05960",
     )
     tasks = frozenset({"classification"})
+
+    own_metrics = {"kl": Metric(), "encoder_penalty": Metric("lower")}
 
     def __init__(
         self,

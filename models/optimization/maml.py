@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
+from models.core.base_learner import BaseLearner, Parameters
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import (
     Adapted,
-    Parameters,
     adapted,
-    base_learner,
     call,
-    for_ways,
     sgd_path,
     split_parameters,
 )
@@ -80,7 +78,7 @@ class MAML(GradientLearner):
     ) -> None:
         super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
         at_least(0, multi_step_updates=multi_step_updates, first_order_updates=first_order_updates)
-        self.learner = base_learner(backbone, outputs)
+        self.learner = BaseLearner(backbone, outputs)
         self.inner_rate = inner_rate
         self.first_order, self.first_order_updates = first_order, first_order_updates
         self.adapt_normalization = adapt_normalization
@@ -108,7 +106,7 @@ class MAML(GradientLearner):
 
         rate = self.inner_rate if self.rates is None else self.rate
         first_order = self.first_order or self.meta_updates < self.first_order_updates
-        path = sgd_path(support_loss, for_ways(start, support.ways), rate, self.steps, first_order)
+        path = sgd_path(support_loss, self.learner.resize_head(start, support.ways), rate, self.steps, first_order)
         for step, parameters in enumerate(path):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
 

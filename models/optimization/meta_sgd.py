@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.core.episodes import Support
+from models.core.base_learner import BaseLearner, Parameters
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import (
     Adapted,
-    Parameters,
     adapted,
-    base_learner,
     call,
-    for_ways,
     sgd_path,
     split_parameters,
 )
@@ -63,7 +61,7 @@ class MetaSGD(GradientLearner):
         **others: Any,
     ) -> None:
         super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
-        self.learner = base_learner(backbone, outputs)
+        self.learner = BaseLearner(backbone, outputs)
         self.first_order = first_order
         self.adapt_normalization = adapt_normalization
         low, high = inner_rate if isinstance(inner_rate, (tuple, list)) else (inner_rate, inner_rate)
@@ -71,13 +69,23 @@ class MetaSGD(GradientLearner):
         rates = {n.replace(".", "_"): nn.Parameter(torch.empty_like(p).uniform_(low, high)) for n, p in start.items()}
         self.rates = nn.ParameterDict(rates)
 
+    def class_rows(self) -> Parameters:
+        of_rates = [f"rates.{name.replace('.', '_')}" for name in self.learner.head_parameters()]
+        return super().class_rows() | {n: p for n, p in self.named_parameters() if n in of_rates}
+
     def adaptation(self, support: Support) -> Iterator[Adapted]:
         start, fixed = split_parameters(self.learner, self.adapt_normalization)
-        rates = for_ways({name: self.rates[name.replace(".", "_")] for name in start}, support.ways)
+        rates = self.learner.resize_head({name: self.rates[name.replace(".", "_")] for name in start}, support.ways)
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             return self.loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support.y)
 
-        path = sgd_path(support_loss, for_ways(start, support.ways), lambda step: rates, self.steps, self.first_order)
+        path = sgd_path(
+            support_loss,
+            self.learner.resize_head(start, support.ways),
+            lambda step: rates,
+            self.steps,
+            self.first_order,
+        )
         for step, parameters in enumerate(path):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)

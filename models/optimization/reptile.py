@@ -10,13 +10,11 @@ from torch import Tensor
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
+from models.core.base_learner import BaseLearner, Parameters
 from models.core.inner_loop import (
     Adapted,
-    Parameters,
     adapted,
-    base_learner,
     call,
-    for_ways,
     inner_gradient,
     last,
     mini_batches,
@@ -76,7 +74,7 @@ class Reptile(MetaLearner):
         super().__init__(batch_norm=batch_norm, **others)
         at_least(1, outputs=outputs, inner_batch=inner_batch, eval_inner_batch=eval_inner_batch)
         at_least(0, inner_steps=inner_steps, eval_inner_steps=eval_inner_steps)
-        self.learner = base_learner(backbone, outputs)
+        self.learner = BaseLearner(backbone, outputs)
         self.outputs = outputs
         self.inner_rate = inner_rate
         self.inner_steps, self.eval_inner_steps = inner_steps, eval_inner_steps
@@ -94,7 +92,7 @@ class Reptile(MetaLearner):
 
     def second_moments(self, ways: int) -> Parameters:
         """Adam's running means of squared gradients, as the tasks so far left them."""
-        return for_ways({n: self.moments.get_buffer(n.replace(".", "_")) for n in self.start()}, ways)
+        return self.learner.resize_head({n: self.moments.get_buffer(n.replace(".", "_")) for n in self.start()}, ways)
 
     def mini_batches(self, examples: int) -> Tensor:
         """Which examples each inner step takes, (steps, batch).
@@ -113,7 +111,7 @@ class Reptile(MetaLearner):
             outputs = call(self.learner, parameters, support.x[rows], self.statistics_source)
             return self.loss(outputs, support.y[rows])
 
-        parameters = for_ways({n: p.detach() for n, p in self.start().items()}, support.ways)
+        parameters = self.learner.resize_head({n: p.detach() for n, p in self.start().items()}, support.ways)
         moments, count = self.second_moments(support.ways), self.updates
         yield parameters, moments
         for rows in self.mini_batches(len(support.y)):

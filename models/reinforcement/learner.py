@@ -33,6 +33,11 @@ class ReinforcementLearner(MetaLearner):
         """That acts as the learner has it now."""
         raise NotImplementedError
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether it infers a latent of each task from a set of transitions."""
+        return False
+
     def task_latents(self, batch: Environments) -> Tensor | None:
         """What the learner has of each task for a latent, after a trial, (T, L), to be looked at; None without."""
         return None

@@ -13,8 +13,10 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from datamodules.core.errors import at_least
+from datamodules.core.metric import Metric
 from datamodules.reinforcement.environments import Environment, Environments, Facts
-from models.core.inner_loop import Parameters, call, last, sgd_path
+from models.core.base_learner import Parameters
+from models.core.inner_loop import call, last, sgd_path
 from models.core.learner import Paper
 from models.core.task_map import map_tasks
 from models.reinforcement.learner import ReinforcementLearner
@@ -162,6 +164,8 @@ class MAMLPolicy(ReinforcementLearner):
         2017,
         "https://arxiv.org/abs/1703.03400",
     )
+
+    own_metrics = {"entropy": Metric()}
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datamodules.core.errors import at_least
+from datamodules.core.metric import Metric
 from datamodules.core.streams import TaskStreams
 from datamodules.reinforcement.environments import Environment, Environments, EnvironmentTasks, normal
 from models.core.learner import Paper
@@ -74,6 +75,8 @@ class PEARL(OffPolicyLearner):
         "https://arxiv.org/abs/1903.08254",
     )
 
+    own_metrics = {"q_loss": Metric(), "v_loss": Metric(), "policy_loss": Metric(), "kl": Metric()}
+
     def __init__(
         self,
         observations: int,
@@ -120,6 +123,10 @@ class PEARL(OffPolicyLearner):
         return PosteriorSampling(
             self, self.exploration_episodes, deterministic=self.deterministic and not self.training
         )
+
+    @property
+    def has_latents(self) -> bool:
+        return True
 
     def task_latents(self, batch: Environments) -> Tensor | None:
         if self.encoder is None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules.core.errors import ConfigError, at_least
+from datamodules.core.metric import Metric
 from datamodules.reinforcement.environments import Environment, Environments, Facts
 from models.core.learner import Paper
 from models.networks.recurrent import GRUCell, Readout
@@ -97,6 +98,8 @@ class RL2(ReinforcementLearner):
         2016,
         "https://arxiv.org/abs/1611.02779",
     )
+
+    own_metrics = {"entropy": Metric()}
 
     def __init__(
         self,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from models.core.inner_loop import Parameters, inner
+from models.core.base_learner import Parameters
+from models.core.inner_loop import inner
 from models.core.second_order import conjugate_gradient, hessian_product, inner_product
 
 

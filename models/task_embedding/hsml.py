@@ -12,16 +12,13 @@ from torch import Tensor, nn
 
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import at_least
-from datamodules.regression.functions import FAMILIES
+from datamodules.core.metric import Metric
+from models.core.base_learner import BaseLearner, Parameters, fit_outputs
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import (
     Adapted,
-    Parameters,
     adapted,
-    base_learner,
     call,
-    fit_outputs,
-    for_ways,
     last,
     sgd_path,
     split_parameters,
@@ -78,6 +75,12 @@ class HSML(GradientLearner):
     counted: Tensor
     losses: Tensor
 
+    own_metrics = {
+        "reconstruction": Metric("lower"),
+        "assignment_entropy": Metric(),
+        "families": Metric("higher", "mutual information of clusters and families", pooled="nmi"),
+    }
+
     def __init__(
         self,
         backbone: Backbone,
@@ -109,7 +112,7 @@ class HSML(GradientLearner):
             raise ValueError(
                 f"clusters are {list(clusters)} but must be of two or more levels, the last of 1, the root"
             )
-        self.learner = base_learner(backbone, outputs)
+        self.learner = BaseLearner(backbone, outputs)
         self.embedding = nn.Flatten() if embedding is None else embedding
         seen = math.prod(backbone.input_shape) if embedding is None else embedding.out_features
         sizes = [max_clusters or clusters[0], *clusters[1:]]
@@ -140,6 +143,10 @@ class HSML(GradientLearner):
         self.register_buffer("counted", torch.tensor(0))
         self.register_buffer("losses", torch.zeros(2))
 
+    def class_rows(self) -> Parameters:
+        of_gates = {n: p for n, p in self.named_parameters() if n.startswith(("gates.head_", "gate_biases.head_"))}
+        return super().class_rows() | of_gates | {n: p for n, p in self.named_parameters() if n == "head_targets"}
+
     def encode(self, support: Support) -> tuple[Tensor, Tensor, Tensor | None]:
         """The task's code (hidden,), the loss of reconstructing its examples, its clusters (1, K) where those read."""
         level = self.levels[0]
@@ -167,8 +174,8 @@ class HSML(GradientLearner):
     def gate(self, code: Tensor, held: Tensor, ways: int) -> Parameters:
         """η: for each parameter of the base learner its gate, of the same shape, between 0 and 1."""
         names = [name for name, _ in self.learner.named_parameters() if name.replace(".", "_") in self.gates]
-        weights = for_ways({n: self.gates[n.replace(".", "_")] for n in names}, ways)
-        biases = for_ways({n: self.gate_biases[n.replace(".", "_")] for n in names}, ways)
+        weights = self.learner.resize_head({n: self.gates[n.replace(".", "_")] for n in names}, ways)
+        biases = self.learner.resize_head({n: self.gate_biases[n.replace(".", "_")] for n in names}, ways)
         both = torch.cat([code, held])
         flat = {n: F.linear(both, weights[n].flatten(0, -2), biases[n].flatten()) for n in names}
         return {n: torch.sigmoid(score).view(biases[n].shape) for n, score in flat.items()}
@@ -176,7 +183,9 @@ class HSML(GradientLearner):
     def path(self, support: Support, gate: Parameters) -> Iterator[Adapted]:
         """MAML's inner loop from the gated initialisation."""
         parts = split_parameters(self.learner, self.adapt_normalization)
-        start, fixed = ({n: p * gate[n] for n, p in for_ways(part, support.ways).items()} for part in parts)
+        start, fixed = (
+            {n: p * gate[n] for n, p in self.learner.resize_head(part, support.ways).items()} for part in parts
+        )
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             return self.loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support.y)
@@ -199,10 +208,11 @@ class HSML(GradientLearner):
         return self.map(of, episodes)
 
     def task_metrics(self, batch: Episodes) -> dict[str, Tensor]:
-        """Where the families of functions are known, each task's place in the table of families and clusters."""
-        if "family" not in batch.task:
+        """Where groups of tasks are known, each task's place in the table of groups and clusters."""
+        if batch.task_groups is None:
             return {}
-        family = F.one_hot(batch.task["family"], len(FAMILIES))
+        fact, names = batch.task_groups
+        family = F.one_hot(batch.task[fact], len(names))
         cluster = F.one_hot(self.assignments(batch).argmax(-1), self.capacity)
         return {"families": (family[:, :, None] * cluster[:, None]).float()}
 

@@ -22,7 +22,9 @@ from app.plots import results, style
 from app.runs.evaluation_record import Evaluation, refuse_other_tasks, save_tasks
 from datamodules import ImageFolder, Sinusoid
 from datamodules.core.errors import ConfigError
+from datamodules.core.metric import Metric
 from models.core.metrics import FINGERPRINT, TaskMetrics, calibration_error, classification_metrics
+from models.core.task_kinds import KINDS
 from tests.support.toy import ToyImages
 from tests.support.trained import CLASSES, SIZE, picture_tree, train_on_pictures
 
@@ -40,7 +42,7 @@ def pair(tasks: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_difference_is_the_paired_t_interval():
     """Catches standard errors of the two added up, of the wrong number of tasks, or the second minus the first."""
     first, second = pair()
-    mean, half = difference("accuracy", first, second)
+    mean, half = difference(Metric("higher", share=True), first, second)
     gaps = [a - b for a, b in zip(first.tolist(), second.tolist(), strict=True)]
     expected = sum(gaps) / 300
     error = (sum((g - expected) ** 2 for g in gaps) / 299 / 300) ** 0.5
@@ -58,7 +60,7 @@ def test_pooled_differences_are_resampled_in_pairs():
     logits, target = torch.randn(150, 20, 3) * shift.exp(), torch.randint(3, (150, 20))
     near = logits + 0.1 * torch.randn_like(logits)
     one, other = (classification_metrics(x, target)["bins"].double() for x in (logits, near))
-    mean, half = difference("bins", one, other)
+    mean, half = difference(Metric("lower", pooled="ece"), one, other)
     assert mean == pytest.approx((calibration_error(one.sum(0)) - calibration_error(other.sum(0))).item())
     rng = np.random.default_rng(1)
     paired, apart = [], []
@@ -75,7 +77,7 @@ def guessed(folder: Path, data: Any, seed: int = 0, tasks: int = 12, **metrics: 
     """A test of a learner that guesses, as a run leaves it."""
     torch.manual_seed(seed)
     batch = data.distribution("test").sample(range(tasks))
-    metric = TaskMetrics()
+    metric = TaskMetrics(KINDS[data.kind].metrics)
     facts = batch.task | {FINGERPRINT: batch.fingerprint()}
     if batch.ways:
         logits = torch.randn(*batch.query_y.shape, batch.ways)
@@ -173,7 +175,7 @@ def test_functions_are_known_by_their_parameters_and_points(tmp_path: Path, othe
     """Catches the same functions observed elsewhere, or with noise; and a difference of rounding that is refused."""
     one, other = (Sinusoid(test_tasks=12, **more) for more in ({}, others))
     first = guessed(tmp_path / "a", one)
-    rounded = Evaluation(tmp_path / "c", first.about, first.metrics, {n: v.clone() for n, v in first.facts.items()})
+    rounded = dataclasses.replace(first, folder=tmp_path / "c", facts={n: v.clone() for n, v in first.facts.items()})
     rounded.facts["fingerprint"].mul_(1 + 1e-6)
     refuse_other_tasks([first, rounded])
     with pytest.raises(ConfigError, match=f"the {what} of task"):
@@ -211,7 +213,7 @@ def test_the_picture_shows_every_learner_and_pair():
         {"learner": "two", "metrics": {"mse": numbers[1], "coverage": numbers[2]}},
     ]
     between = [{"learner": "one", "minus": "two", "metrics": {"mse": numbers[3]}}]
-    figure = results.comparison(learners, between, "Data")
+    figure = results.comparison(learners, between, KINDS["regression"].metrics, "Data")
     mse, gap, coverage, none = figure.axes
     assert [float(c.lines[0].get_xdata()[0]) for c in mse.containers] == [0.0, 0.1]
     ends = [c.lines[1][1].get_xdata()[0] - c.lines[0].get_xdata()[0] for c in mse.containers]

@@ -27,6 +27,7 @@ from models import Conv4, ProtoNet
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode, normalize_by, recording
 from tests.support.fixtures import real_data
+from tests.support.processes import ROOT
 from tests.support.trained import CLASSES, SIZE, picture, picture_tree, train, train_on_pictures
 
 # Lightning calls what jsonargparse 5 will not have.
@@ -421,7 +422,7 @@ def test_the_command(tmp_path: Path) -> None:
     """A module that does not run, or whose exit code a script could not tell from success."""
     folders = ["--support", str(tmp_path), "--query", "none"]
     command = [sys.executable, "-m", "app.predict", "--ckpt_path", "none", *folders]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no class folders" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -105,9 +105,8 @@ def test_labels_are_names_only(name, tmp_path):
     order = torch.tensor([2, 0, 1])  # class k becomes order[k]
     with torch.no_grad():
         expected = model.predict(model.adapt(t.support), t.query_x)
-        for n, p in model.named_parameters():
-            if "head" in n:  # what belongs to the head has a dimension for the classes
-                p.copy_(p.index_select(p.shape.index(3), torch.argsort(order)))
+        for p in model.class_rows().values():
+            p.copy_(p.index_select(p.shape.index(3), torch.argsort(order)))
         got = model.predict(model.adapt(Support(t.support.x, order[t.support.y], 3)), t.query_x)
     torch.testing.assert_close(got[:, order], expected, rtol=1e-4, atol=1e-5)
 

@@ -43,7 +43,7 @@ def two(request, tmp_path_factory) -> Path:
         log = (runs / f"rank{rank}.txt").open("w")
         ranks.append(
             subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "rank.py")],
+                [sys.executable, str(ROOT / "tests" / "support" / "rank.py")],
                 env={**shared, "LOCAL_RANK": rank, "NODE_RANK": "0"},
                 stdin=subprocess.PIPE,
                 stdout=log,

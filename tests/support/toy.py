@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from datamodules.images.tasks import ImageClasses, ImageDataModule
-from models.core.metrics import HEADLINES
+from models.core.task_kinds import KINDS
 
 FIRST = {"train": 0, "val": 100, "test": 200}
 
@@ -173,7 +173,7 @@ def evaluation(strategy: str, runs: Path, *flags: str) -> list[str]:
 
 def headline(algorithm: str) -> str:
     """The metric that a learner's checkpoints are chosen by."""
-    return HEADLINES["reinforcement" if algorithm in AGENTS else "classification"][0]
+    return KINDS["reinforcement" if algorithm in AGENTS else "classification"].headline
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -24,8 +24,9 @@ from app.dashboard import callback, few_shot
 from app.dashboard import wandb as dashboard_wandb
 from app.dashboard.callback import Dashboard
 from app.dashboard.confusion import Confusions
-from app.dashboard.probe import Probe
 from app.dashboard.wandb import WandbRun, wandb_logger
+from app.runs.probe import Probe
+from app.runs.recorder import Recorder
 from datamodules.core.episodes import Episodes
 from datamodules.images.tasks import ImageClasses, ImageDataModule
 from models import MAML as Maml
@@ -257,7 +258,7 @@ def test_intervals_along_the_steps_are_those_of_each_states_distribution(tmp_pat
     learner = cli.model.eval()
     probe = Probe(learner, cli.datamodule, "test")
     with torch.inference_mode():
-        grid, _, support_x, _, predictions, bands = few_shot.fits(probe, 3)
+        grid, _, support_x, _, predictions, bands = few_shot.fitted(probe, 3)
         assert predictions.shape == (3, 3, 200)
         assert bands.shape == (3, 3, 2, 200)
         _, ready = probe.sample(range(3))
@@ -278,8 +279,8 @@ def test_a_picture_that_fails_costs_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """Would catch: a training that dies of its pictures, or a line at every validation."""
-    monkeypatch.setattr(Dashboard.__init__, "__defaults__", (1e9, 2, 2, True))  # pictures at both validations
-    monkeypatch.setattr(callback.episodes, "episode", mock.Mock(side_effect=RuntimeError("no\nfont")))
+    monkeypatch.setattr(Dashboard.__init__, "__defaults__", (None, 1e9, 2, 2, True))  # pictures at both validations
+    monkeypatch.setattr(few_shot.plots, "episode", mock.Mock(side_effect=RuntimeError("no\nfont")))
     monkeypatch.setattr(Confusions, "of", mock.Mock(side_effect=torch.cuda.OutOfMemoryError("full")))
     monkeypatch.setattr(Dashboard, "_summarise", mock.Mock(side_effect=OSError("disk full")))
     with caplog.at_level(logging.WARNING, "app.dashboard"):
@@ -296,15 +297,16 @@ def test_a_picture_that_fails_costs_one_line(
     assert (tmp_path / "run" / "figures" / "test_embedding.png").is_file()
 
 
-@pytest.mark.parametrize("during", ["_measure_open_set", "_draw"])
+@pytest.mark.parametrize("during", ["Recorder._measure_open_set", "Dashboard._draw"])
 def test_a_process_killed_after_the_test_leaves_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str):
     """Would catch: what hours of testing measured, written only after minutes of pictures."""
 
-    def killed(self: Dashboard, trainer: Any, learner: Any, split: str = "test") -> None:
+    def killed(self: Any, trainer: Any, learner: Any, split: str = "test") -> None:
         if split == "test":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Dashboard, during, killed)
+    of, method = during.split(".")
+    monkeypatch.setattr({"Recorder": Recorder, "Dashboard": Dashboard}[of], method, killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         main(flags(tmp_path, "ProtoNet", "--wandb", "off"))
     assert len((tmp_path / "run" / "test_tasks.csv").read_text().splitlines()) > 2

@@ -22,10 +22,12 @@ from app.cli.builder import MetaboltCLI, main
 from app.compare import returns
 from app.dashboard import reinforcement as dashboards_rl
 from app.dashboard.callback import Dashboard
-from app.dashboard.probe import Probe
-from app.dashboard.reinforcement import TrialPictures, latents_of, optimum_of, positions_of
+from app.dashboard.reinforcement import TrialFigures, latents_of, optimum_of, positions_of
+from app.dashboard.view import View
 from app.runs.evaluation_record import Evaluation
+from app.runs.probe import Probe
 from app.runs.progress import TaskProgress
+from datamodules.core.metric import Metric
 from datamodules.reinforcement.environments import Environments
 from datamodules.reinforcement.navigation import STRIDE
 from models import RL2
@@ -39,6 +41,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 class Encoding(RL2):
     """RL² that tells twice its goal for a latent, and a third number."""
+
+    has_latents = True
 
     def task_latents(self, batch: Environments) -> torch.Tensor:
         assert not torch.is_grad_enabled()
@@ -125,10 +129,14 @@ def untrained(flags: list[str]) -> tuple[Probe, dict[str, torch.Tensor]]:
     return probe, metric.all_tasks
 
 
+def seen(probe: Probe, table: dict[str, torch.Tensor], guard: Any) -> View:
+    return View(probe, table, "meta-test", True, Path(), guard)
+
+
 def made(probe: Probe, table: dict[str, torch.Tensor], name: str, drawing: str) -> tuple[Any, ...]:
     """What a picture is made from."""
     with mock.patch.object(dashboards_rl.plots, drawing) as draw, torch.inference_mode():
-        pictures = TrialPictures(probe, table, "meta-test", lambda what, action: action())
+        pictures = TrialFigures(seen(probe, table, lambda what, action: action()))
         dict(pictures.all())[name]()
     return draw.call_args.args
 
@@ -206,14 +214,14 @@ def test_a_learner_without_latents_has_no_picture_of_them(tmp_path: Path):
     probe, table = untrained(walks(tmp_path, "--wandb", "off"))
     probe.learner.__dict__["task_latents"] = lambda batch: None
     with torch.inference_mode():
-        drawn = dict(TrialPictures(probe, table, "meta-test", lambda what, action: action()).all())
+        drawn = dict(TrialFigures(seen(probe, table, lambda what, action: action())).all())
     assert set(drawn) == {"episodes", "context", "trajectories"}
 
 
 def test_a_trial_that_cannot_be_looked_at_costs_its_picture_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Catches returns, regret and the figure of all panels lost with the picture of the arms."""
     probe, table = untrained(command("RL2", tmp_path))
-    pictures = TrialPictures(probe, table, "meta-test", Dashboard(tmp_path)._guarded)
+    pictures = TrialFigures(seen(probe, table, Dashboard(tmp_path)._guarded))
     with mock.patch.object(dashboards_rl, "run_trial", side_effect=RuntimeError("no\ntrial")):
         assert list(dict(pictures.all())) == ["episodes", "regret"]
     assert [title for title, _ in pictures.panels] == ["Pulls", "Regret"]
@@ -259,7 +267,7 @@ def test_pictures_cannot_be_classified_by_an_agent(bandits: Path, tmp_path: Path
 
 def test_the_progress_tells_the_return(capsys: pytest.CaptureFixture[str]):
     """Catches a number at the end of the line that nobody knows the name of."""
-    bar = TaskProgress("return")
+    bar = TaskProgress("return", Metric("higher"))
     trainer: Any = SimpleNamespace(
         callback_metrics={"val/return": torch.tensor(6.5), "val/return_ci95": torch.tensor(0.25)},
         state=SimpleNamespace(fn="fit"),

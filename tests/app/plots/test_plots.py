@@ -12,8 +12,17 @@ from matplotlib import pyplot
 from matplotlib.patches import Rectangle
 
 from app.plots import adaptation, calibration, confusion, embeddings, episodes, results, style
+from datamodules.core.metric import Metric
 from models.core.metrics import calibration_error, coverage_error
 from tests.support.drawing import drawn, labels
+
+METRICS = {
+    "accuracy": Metric("higher", share=True),
+    "mse": Metric("lower"),
+    "loss": Metric("lower"),
+    "nll": Metric("lower"),
+    "return": Metric("higher"),
+}
 
 
 def episode_data(ways: int, shots: int, queries: int, size: int = 8) -> tuple:
@@ -99,7 +108,7 @@ def test_shortened_names_keep_both_ends():
 def test_the_adaptation_curve_is_the_mean_over_tasks_at_each_step():
     """Would catch: an average over the steps, or a band of standard deviations."""
     values = np.array([[0.2, 0.6, 0.8], [0.2, 0.8, 1.0], [0.2, 0.7, 0.6]])
-    figure = adaptation.adaptation(values, "accuracy")
+    figure = adaptation.adaptation(values, Metric("higher", share=True), "accuracy")
     line = figure.axes[0].lines[0]
     assert np.allclose(line.get_xdata(), [0, 1, 2])
     assert np.allclose(line.get_ydata(), [0.2, 0.7, 0.8])
@@ -183,7 +192,7 @@ def test_entropies_inside_and_outside_are_drawn_as_shares():
 
 def test_a_logarithmic_histogram_has_numbers_for_labels():
     """Would catch: matplotlib's source of powers of ten, where mathematics is not parsed."""
-    figure = results.histogram([1e-3, 1e-2, 1e-2, 1.0, 30.0], "mse")
+    figure = results.histogram([1e-3, 1e-2, 1e-2, 1.0, 30.0], Metric("lower"), "mse")
     drawn(figure)
     texts = [t.get_text() for t in figure.axes[0].get_xticklabels(which="both")]
     assert any(texts)
@@ -230,7 +239,7 @@ def test_confused_pairs_tell_names_and_numbers(count: int):
 def test_the_histogram_holds_all_tasks_and_marks_the_worst_tenth(name: str, worst: float):
     """Would catch: tasks outside of the edges, or the best tenth marked for a figure that should be low."""
     values = np.arange(100) / 100
-    figure = results.histogram(values, name)
+    figure = results.histogram(values, METRICS[name], name)
     heights = [[bar.get_height() for bar in container] for container in figure.axes[0].containers]
     assert sum(heights[0]) == 100
     assert sum(heights[1]) == 10
@@ -245,7 +254,7 @@ def test_the_histogram_holds_all_tasks_and_marks_the_worst_tenth(name: str, wors
 @pytest.mark.parametrize("name", ["accuracy", "mse"])
 def test_odd_figures_make_a_histogram_too(values: list[float], name: str):
     """Would catch: no spread, one task, a task that diverged or figures over decades that break the edges."""
-    figure = results.histogram(values, name)
+    figure = results.histogram(values, METRICS[name], name)
     assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == np.isfinite(values).sum()
     drawn(figure)
 
@@ -278,7 +287,7 @@ def test_the_training_curve_is_read_from_the_rows_that_validated(tmp_path: Path)
     )
     points = adaptation.read_curve(path, "mse")
     assert np.allclose(points, [[100, 3, 0.5], [200, 1, np.nan], [300, 2, 0.25]], equal_nan=True)
-    figure = adaptation.training(points, "mse")
+    figure = adaptation.training(points, Metric("lower"), "mse")
     assert list(figure.axes[0].lines[1].get_xdata()) == [200]
     drawn(figure)
 
@@ -289,7 +298,10 @@ def test_results_hold_every_panel(panels: int, with_episode: bool):
     """Would catch: a panel lost, or the layout broken, for some number of them."""
     data = episode_data(2, 1, 2)
     episode = (lambda axes: episodes.draw_episode(axes, *data, [], most_rows=5)) if with_episode else None
-    chosen = [(f"Panel {i}", lambda axes: results.draw_histogram(axes, [0.1, 0.2], "mse")) for i in range(panels)]
+    chosen = [
+        (f"Panel {i}", lambda axes: results.draw_histogram(axes, [0.1, 0.2], Metric("lower"), "mse"))
+        for i in range(panels)
+    ]
     figure = results.results(chosen, episode, "Results")
     assert len(figure.axes) == panels + with_episode
     drawn(figure)
@@ -298,14 +310,14 @@ def test_results_hold_every_panel(panels: int, with_episode: bool):
 def test_drawing_leaves_no_trace():
     """Would catch: style that leaks into a user's figures, and pyplot's figures, which stay in memory."""
     before = dict(matplotlib.rcParams)
-    drawn(results.histogram([0.1, 0.2], "mse"))
+    drawn(results.histogram([0.1, 0.2], Metric("lower"), "mse"))
     assert dict(matplotlib.rcParams) == before
     assert not pyplot.get_fignums()
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path: Path):
     """Would catch: half a PNG where the folder or the disk fails."""
-    figure = results.histogram([0.1, 0.2], "mse")
+    figure = results.histogram([0.1, 0.2], Metric("lower"), "mse")
     style.save(figure, tmp_path / "deep" / "one.png")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["one.png"]
     (tmp_path / "file").write_text("")

@@ -12,7 +12,10 @@ from matplotlib.patches import Circle
 
 from app.plots import adaptation, results
 from app.plots import reinforcement as rl
+from models.core.task_kinds import KINDS
 from tests.support.drawing import drawn, labels
+
+RETURN = KINDS["reinforcement"].metrics["return"]
 
 
 def draws(*shape: int, seed: int = 0) -> np.ndarray:
@@ -276,14 +279,14 @@ def test_places_far_apart_have_colours_far_apart():
 def test_low_returns_are_the_worst_ones():
     """Catches the best tenth marked as the worst, returns below zero left out, whole returns in a comb of bars."""
     values = np.arange(-60.0, 40.0)
-    figure = results.histogram(values, "return")
+    figure = results.histogram(values, RETURN, RETURN.label)
     axes = figure.axes[0]
     assert sum(bar.get_height() for bar in axes.containers[0]) == 100
     marked = next(t for t in labels(axes) if t.startswith("worst tenth"))
     assert marked == "worst tenth: mean -55.5"
     assert axes.get_xlabel() == "return over the trial of a task"
     drawn(figure)
-    whole = results.histogram([0.0, 1, 1, 2, 3, 3, 5, 10], "return")
+    whole = results.histogram([0.0, 1, 1, 2, 3, 3, 5, 10], RETURN, RETURN.label)
     heights = [bar.get_height() for bar in whole.axes[0].containers[0]]
     assert heights[:6] == [1, 2, 1, 2, 0, 1]
     assert heights[10] == 1
@@ -291,7 +294,7 @@ def test_low_returns_are_the_worst_ones():
 
 def test_the_best_validation_is_that_of_the_highest_return():
     """Catches the lowest return marked as the best, and an axis that begins at zero where returns are below."""
-    figure = adaptation.training([[100, -30, 1], [200, -10, 2], [300, -20, 1]], "return")
+    figure = adaptation.training([[100, -30, 1], [200, -10, 2], [300, -20, 1]], RETURN, RETURN.label)
     axes = figure.axes[0]
     assert list(axes.lines[1].get_xdata()) == [200]
     assert labels(axes)[-1] == "best -10"

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import signal
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +21,7 @@ from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from tests.support.processes import kills, same_weights, start, wait_for_step
-from tests.support.toy import command, weights
+from tests.support.toy import ToyImages, command, weights
 
 SLOWED = ("--trainer.log_every_n_steps", "5")
 
@@ -143,3 +149,110 @@ def test_choice_of_run(tmp_path):
         choose_run(tmp_path, "a", "best", "test")
     with pytest.raises(ConfigError, match="existing file"):
         choose_run(tmp_path, "a", "nothing.ckpt", "fit")
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+def test_the_best_validation_survives_a_cut_right_after_it(tmp_path):
+    """Catches a last.ckpt that is saved before the validation of its step counts: resumed, a worse one would be
+    taken for the best and tested. Saves, validations and the cut coincide; accuracy falls by what is trained."""
+    worse = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "100", "--checkpoint_every", "6")
+    for runs, lengths in ((tmp_path / "whole", [24]), (tmp_path / "cut", [6, 24])):
+        for steps in lengths:
+            main(command("MAML", runs, *worse, "--ckpt_path", "last", steps=steps))
+    whole, cut = tmp_path / "whole" / "maml", tmp_path / "cut" / "maml"
+    state = load_checkpoint(cut / "checkpoints" / "last.ckpt")["callbacks"]
+    best = next(value for key, value in state.items() if key.startswith("BestCheckpoint"))
+    assert best["best_model_score"] is not None
+    assert same_weights(*(r / "checkpoints" / "best.ckpt" for r in (whole, cut)))
+    assert results_of(whole)["metrics"] == results_of(cut)["metrics"]
+
+
+def test_a_checkpoint_of_a_validation_knows_its_score(tmp_path):
+    """Catches callbacks whose state a checkpoint has from before the validation that it was saved after."""
+    stopping = ("--trainer.callbacks", "pytorch_lightning.callbacks.EarlyStopping")
+    stopping += ("--trainer.callbacks.monitor", "val/accuracy", "--trainer.callbacks.mode", "max")
+    main(command("ProtoNet", tmp_path, *stopping, steps=6))
+    content = load_checkpoint(tmp_path / "protonet" / "checkpoints" / "last.ckpt")
+    scores = {key.split("{")[0]: value for key, value in content["callbacks"].items()}
+    assert content["global_step"] == 6
+    assert float(scores["BestCheckpoint"]["current_score"]) == float(scores["EarlyStopping"]["best_score"])
+
+
+COSINE = ("--model.scheduler", "torch.optim.lr_scheduler.CosineAnnealingLR", "--model.scheduler.T_max")
+
+
+@pytest.mark.parametrize("algorithm", ["ProtoNet", "RL2"])
+def test_rates_and_schedules_are_the_flags_and_moments_the_checkpoints(algorithm, tmp_path):
+    """Catches a learning rate, or the length of a schedule, that a checkpoint keeps against the flags."""
+    adam = ("--model.optimizer", "torch.optim.Adam", "--model.optimizer.lr")
+    run = tmp_path / algorithm.lower() / "checkpoints" / "last.ckpt"
+    main(command(algorithm, tmp_path, *adam, "0.01", *COSINE, "6", steps=6))
+    before = load_checkpoint(run)
+    main(command(algorithm, tmp_path, *adam, "0.02", *COSINE, "12", "--ckpt_path", "last", steps=9))
+    after = load_checkpoint(run)
+    group = after["optimizer_states"][0]["param_groups"][0]
+    assert group["initial_lr"] == 0.02
+    assert group["lr"] == pytest.approx(0.02 * (1 + math.cos(math.pi * 9 / 12)) / 2)
+    assert after["lr_schedulers"][0]["T_max"] == 12
+    steps = [next(iter(c["optimizer_states"][0]["state"].values()))["step"].item() for c in (before, after)]
+    assert steps[1] == pytest.approx(steps[0] * 9 / 6)  # moments went on
+
+
+def test_a_schedule_may_come_and_go(tmp_path):
+    """Catches a resume that fails, or keeps the rate of a schedule that is gone."""
+    main(command("ProtoNet", tmp_path, *COSINE, "12", steps=6))
+    run = tmp_path / "protonet" / "checkpoints" / "last.ckpt"
+    main(command("ProtoNet", tmp_path, "--ckpt_path", "last", steps=8))
+    content = load_checkpoint(run)
+    assert content["lr_schedulers"] == []
+    assert content["optimizer_states"][0]["param_groups"][0]["lr"] == 1e-3
+    main(command("ProtoNet", tmp_path, *COSINE, "20", "--ckpt_path", "last", steps=10))
+    rate = load_checkpoint(run)["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(1e-3 * (1 + math.cos(math.pi * 10 / 20)) / 2)
+
+
+def test_other_validation_tasks_choose_the_best_anew(tmp_path, capfd):
+    """Catches the score on easy tasks kept for hard ones, by which best.ckpt never changes again."""
+    easy, hard = ("--data.ways", "2", "--data.train_ways", "3"), ("--data.ways", "10", "--data.train_ways", "3")
+    main(command("ProtoNet", tmp_path, *easy, steps=6))
+    main(command("ProtoNet", tmp_path, *hard, "--ckpt_path", "last", steps=12))
+    assert load_checkpoint(tmp_path / "protonet" / "checkpoints" / "best.ckpt")["global_step"] == 12
+
+
+def test_tasks_are_counted_whatever_the_size_of_meta_batches(tmp_path):
+    """Catches tasks that repeat, or are miscounted, after a resume with meta-batches of another size."""
+    seen: list[int] = []
+    met = ToyImages.on_device
+
+    def noting(self, episodes):
+        if self.trainer.training:
+            seen.extend(episodes.index.tolist())
+        return met(self, episodes)
+
+    with mock.patch.object(ToyImages, "on_device", noting):
+        main(command("ProtoNet", tmp_path, "--data.meta_batch_size", "4", steps=3))
+        main(command("ProtoNet", tmp_path, "--data.meta_batch_size", "6", "--ckpt_path", "last", steps=5))
+        main(command("ProtoNet", tmp_path, "--data.meta_batch_size", "5", "--ckpt_path", "last", steps=6))
+    assert seen == [*range(12), *range(12, 24), *range(25, 30)]  # from the next multiple of the size
+    state = load_checkpoint(tmp_path / "protonet" / "checkpoints" / "last.ckpt")["ToyImages"]
+    assert state == {"batches": 6, "seen": 29, "next": 30}
+
+
+def test_another_seed_of_the_data_is_refused(tmp_path, capsys):
+    """Catches a run that goes on with another split, and validates on classes that it was trained on."""
+    main(command("ProtoNet", tmp_path, steps=2))
+    with pytest.raises(SystemExit):
+        main(command("ProtoNet", tmp_path, "--data.seed", "1", "--ckpt_path", "last", steps=4))
+    assert "the run's data has seed 0, not 1" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("length", "warned"), [(3, True), (4, False), (9, False)])
+def test_a_cosine_that_ends_before_the_run_is_told(length, warned, tmp_path):
+    """Catches a run that ends at its starting rate without a word."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        main(command("ProtoNet", tmp_path, *COSINE, str(length), steps=4))
+    assert any("rises again: give" in str(w.message) for w in told) == warned

@@ -50,7 +50,7 @@ def identify(images: Tensor) -> np.ndarray:
 def test_ranks_share_each_meta_batch(world: int, first: int):
     """Would catch processes that train on the same tasks, tasks left out, or a resume that starts again at task 0."""
     meta_batch = 7
-    walks = [iter(TrainingTasks(meta_batch, rank, world, lambda: first)) for rank in range(world)]
+    walks = [iter(TrainingTasks(meta_batch, rank, world, lambda: first * meta_batch)) for rank in range(world)]
     for step in range(first, first + 4):
         shares = [next(walk) for walk in walks]
         together = list(itertools.chain(*shares))
@@ -87,7 +87,7 @@ def test_ranks_make_up_the_meta_batch_of_one_process():
     (whole, _), *parts = (
         list(
             itertools.islice(
-                episode_loader(distribution, TrainingTasks(5, rank, world, lambda: 1), 5, 0, pin_memory=False), 2
+                episode_loader(distribution, TrainingTasks(5, rank, world, lambda: 5), 5, 0, pin_memory=False), 2
             )
         )
         for rank, world in ((0, 1), (0, 2), (1, 2))

@@ -184,9 +184,9 @@ def digest(episodes: Episodes) -> str:
 def test_tasks_are_the_same_in_another_process_whose_import_is_silent():
     """Would catch tasks that depend on a process's hash seed or history, and gym's notice in every log."""
     code = (
-        f"import sys; sys.path[:0] = [r'{ROOT}', r'{ROOT}/tests']; import app, warnings\n"
+        f"import sys; sys.path[:0] = [r'{ROOT}']; import app, warnings\n"
         "warnings.simplefilter('error')\n"
-        "from test_learn2learn_tasksets import digest, module\n"
+        "from tests.datamodules.images.test_learn2learn_tasksets import digest, module\n"
         "print(digest(module().distribution('val').sample([4, 11])))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}

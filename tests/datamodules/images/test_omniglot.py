@@ -340,7 +340,7 @@ def test_settings_reach_it_from_the_command_line() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageDataModule, "data")
     settings = ["protocol=minimal", "shots=5", "mirrors=[http://a.example/x]", "download=false"]
-    parsed = parser.parse_args(["--data=datamodules.omniglot.Omniglot", *(f"--data.init_args.{s}" for s in settings)])
+    parsed = parser.parse_args(["--data=datamodules.Omniglot", *(f"--data.init_args.{s}" for s in settings)])
     data = Omniglot(**parsed.data.init_args)
     assert (data.protocol, data.shots, data.mirrors, data.download) == ("minimal", 5, ["http://a.example/x"], False)
 

@@ -246,7 +246,7 @@ def test_a_trial_is_a_function_of_its_number(family, train_tasks):
     """Catches chance that depends on which tasks are in the batch, on their order, or on the number of processes."""
     data = families(train_tasks=train_tasks)[family]
     whole = run_trial(tasks(data, range(12), "train"), Scripted(data))
-    shares = [next(iter(TrainingTasks(6, rank, 2, lambda: 1))) for rank in range(2)]
+    shares = [next(iter(TrainingTasks(6, rank, 2, lambda: 6))) for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == list(range(6, 12))
     for indices in (*shares, [7], [11, 7, 3, 7], list(range(12))[::-1]):
         part = run_trial(tasks(data, indices, "train"), Scripted(data))

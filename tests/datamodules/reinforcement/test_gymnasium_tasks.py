@@ -389,9 +389,10 @@ def test_sigterm_ends_a_run_and_its_processes(tmp_path):
 @pytest.mark.parametrize("absent", ["gymnasium", "mujoco"])
 def test_a_missing_package_is_one_line(absent, monkeypatch, capsys):
     """Catches a traceback where gymnasium or mujoco is not installed, and a line that does not name the cure."""
-    for name in [m for m in sys.modules if m.startswith(("datamodules.gymnasium_rows", "datamodules.half_cheetah_e"))]:
+    room = "datamodules.reinforcement"
+    for name in [m for m in sys.modules if m.startswith((f"{room}.gymnasium_rows", f"{room}.half_cheetah_e"))]:
         monkeypatch.delitem(sys.modules, name)
-        monkeypatch.delattr(datamodules, name.split(".")[1])
+        monkeypatch.delattr(datamodules.reinforcement, name.split(".")[2])
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(SystemExit) as stopped:
         main([*CHEETAH, "--runs", "runs", *SMALL])

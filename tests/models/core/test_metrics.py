@@ -10,6 +10,8 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+import models
+from datamodules.core.metric import Metric
 from models import MLP, ProtoNet
 from models.core.metrics import (
     LEVELS,
@@ -21,10 +23,17 @@ from models.core.metrics import (
     regression_metrics,
 )
 from models.core.predictions import Mixture
+from models.core.task_kinds import KINDS
+
+DECLARED = (
+    KINDS["regression"].metrics
+    | KINDS["classification"].metrics
+    | {"kl": Metric(), "families": Metric("higher", pooled="nmi")}
+)
 
 
 def collected(values: torch.Tensor, index: torch.Tensor | None = None) -> TaskMetrics:
-    metrics = TaskMetrics()
+    metrics = TaskMetrics(DECLARED)
     index = torch.arange(len(values)) if index is None else index
     for i, v in zip(index.split(7), values.split(7), strict=True):
         metrics.update(i, {"accuracy": v})
@@ -35,7 +44,7 @@ def test_calibration_equals_torchmetrics_and_nll_equals_cross_entropy():
     """Catches bins closed on the wrong side, a mean over bins, and logits taken for log-probabilities."""
     logits, target = 2 * torch.randn(20, 30, 5), torch.randint(5, (20, 30))
     table = classification_metrics(logits, target)
-    metrics = TaskMetrics()
+    metrics = TaskMetrics(DECLARED)
     metrics.update(torch.arange(20), table)
     result = metrics.compute()
     expected = multiclass_calibration_error(logits.flatten(0, 1).softmax(-1), target.flatten(), 5, n_bins=15, norm="l1")
@@ -51,7 +60,7 @@ def test_mixed_precision_rounds_no_metric():
     logits, target = torch.randn(3, 75, 5).bfloat16(), torch.randint(5, (3, 75))
     learner = ProtoNet(MLP(1))
     expected = learner.per_task(logits, target)
-    metric = TaskMetrics()
+    metric = TaskMetrics(DECLARED)
     with torch.autocast("cpu", torch.bfloat16):
         metrics = learner.per_task(logits, target)
         metric.update(torch.arange(3), metrics | {"kl": logits[:, 0, 0]})
@@ -74,7 +83,7 @@ def test_worst_decile_by_direction():
     """Catches the best decile reported as the worst."""
     values = torch.linspace(0, 1, 100)[torch.randperm(100)]
     assert collected(values).compute()["accuracy_worst_decile"] == pytest.approx(np.linspace(0, 1, 100)[:10].mean())
-    metrics = TaskMetrics()
+    metrics = TaskMetrics(DECLARED)
     metrics.update(torch.arange(100), {"mse": values})
     assert metrics.compute()["mse_worst_decile"] == pytest.approx(np.linspace(0, 1, 100)[-10:].mean())
 
@@ -144,7 +153,7 @@ def test_coverage_is_nominal_for_a_calibrated_prediction_alone(stretch: float, c
     scale = 0.5 + torch.rand(tasks, 1, queries, 1)
     target = (3 * scale * torch.randn(tasks, 1, queries, 1))[:, 0]
     prediction = Mixture(torch.zeros(tasks, 4, queries, 1), (3 * stretch * scale).expand(-1, 4, -1, -1))
-    metrics = TaskMetrics()
+    metrics = TaskMetrics(DECLARED)
     metrics.update(torch.arange(tasks), regression_metrics(prediction, target))
     result = metrics.compute()
     assert result["coverage"] == pytest.approx(coverage, abs=0.008)
@@ -182,7 +191,7 @@ def test_mutual_information_by_hand():
 
 def test_families_and_clusters_are_counted_over_tasks():
     """Catches a mean of what single tasks tell, and a table of metrics of other tasks."""
-    metrics = TaskMetrics()
+    metrics = TaskMetrics(DECLARED)
     of, to = torch.tensor([0, 0, 1, 1, 2, 2] * 5), torch.tensor([1, 1, 0, 0, 2, 0] * 5)
     metrics.update(torch.arange(30), {"families": torch.nn.functional.one_hot(3 * of + to, 9).view(30, 3, 3).float()})
     # Two families of a cluster each, half of the third in one of its own.
@@ -202,10 +211,34 @@ def test_the_interval_of_a_pooled_figure_is_that_of_repeated_draws_of_tasks():
         biased = torch.from_numpy(rng.normal(0, 1.5, (tasks, 1, 1))).float()  # of a whole task, which nothing predicts
         target = biased + torch.from_numpy(rng.normal(0, 1, (tasks, queries, 1))).float()
         ones = torch.ones(tasks, 1, queries, 1)
-        metrics = TaskMetrics()
+        metrics = TaskMetrics(DECLARED)
         metrics.update(torch.arange(tasks), regression_metrics(Mixture(0 * ones, ones), target, width=False))
         return metrics
 
     several = [draw().compute() for _ in range(150)]
     spread = 1.96 * np.std([result["coverage_error"] for result in several])
     assert np.mean([result["coverage_error_ci95"] for result in several]) == pytest.approx(spread, rel=0.2)
+
+
+def test_a_metric_that_nobody_declared_is_an_error():
+    """Catches a metric whose direction is guessed: a worst decile of the best tasks."""
+    with pytest.raises(ValueError, match="'surprise' is not declared"):
+        TaskMetrics(DECLARED).update(torch.arange(2), {"surprise": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("learner", "name", "worst"),
+    [("MetaGAN", "supervised_loss", 0.95), ("LEO", "encoder_penalty", 0.95), ("MAML", "accuracy", 0.05)],
+)
+def test_the_worst_decile_is_on_the_side_that_the_learner_declares(learner, name, worst):
+    """Catches losses of a learner's own whose worst decile averages the best tenth of the tasks."""
+    metrics = TaskMetrics(getattr(models, learner).declared_metrics())
+    metrics.update(torch.arange(10), {name: torch.arange(10) / 10 + 0.05})
+    assert metrics.compute()[f"{name}_worst_decile"] == pytest.approx(worst)
+
+
+def test_a_metric_without_a_direction_has_no_worst_decile():
+    """Catches a worst decile of what is neither good nor bad."""
+    metrics = TaskMetrics({"kl": Metric()})
+    metrics.update(torch.arange(10), {"kl": torch.rand(10)})
+    assert set(metrics.compute()) == {"tasks", "kl", "kl_ci95"}

@@ -15,7 +15,7 @@ from datamodules.reinforcement.environments import Environments
 from datamodules.reinforcement.mdps import TabularMDP
 from datamodules.reinforcement.navigation import DenseNavigation, PointRobot
 from models import MAMLPolicy
-from models.core.inner_loop import Parameters
+from models.core.base_learner import Parameters
 from models.core.second_order import hessian_product, inner_product
 from models.reinforcement.maml_policy import Rollouts, linear_baseline, policy_surrogate
 from models.reinforcement.policies import Categorical, Gaussian

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from app.dashboard.confusion import Confusions
-from app.dashboard.open_set import OpenSet, entropy
-from app.dashboard.probe import Probe
-from datamodules.core.episodes import Episodes
+from app.runs.open_set import OpenSet, entropy
+from app.runs.probe import Probe
+from datamodules.core.episodes import Episodes, TaskDistribution
 from models.core.task_map import map_tasks
 from tests.support.toy import ToyImages
 
@@ -48,7 +48,7 @@ class Recognises:
         return (self.sure + place) * (query_x == state.T).float() + torch.linspace(0, 0.5, WAYS)
 
 
-class Classes:
+class Classes(TaskDistribution):
     """Tasks whose inputs are the numbers of their classes: 9 in all, so neighbours share some."""
 
     def __init__(self, total: int = 9) -> None:

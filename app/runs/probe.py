@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from torch.utils._pytree import tree_map
 
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Task
+from datamodules.core.metric import Metric
 from models.core.learner import MetaLearner
-from models.core.metrics import HEADLINES
 from models.core.predictions import Mixture
+from models.core.task_kinds import KINDS
 
 
 def _on_cpu(prediction: Any) -> Any:
@@ -38,7 +40,8 @@ class Probe:
 
     def __post_init__(self) -> None:
         self.tasks: Any = self.data.distribution(self.split)
-        self.metric_name = HEADLINES[self.data.kind][0]
+        self.kind = KINDS[self.data.kind]
+        self.metric_name = self.kind.headline
 
     def sample(self, indices: Sequence[int]) -> tuple[Episodes, Episodes]:
         """Tasks as they are stored, on the CPU, and as the learner gets them."""
@@ -82,26 +85,34 @@ class Probe:
         return [str(k) for k in range(stored.ways)] if ids is None else self.class_names(ids[i].tolist())
 
     def class_names(self, ids: Sequence[int]) -> list[str]:
-        known = getattr(self.tasks, "class_names", None)
+        known = self.tasks.class_names
         return [known[k] if known is not None else str(k) for k in ids]
 
     def groups(self, ids: Sequence[int]) -> list[str] | None:
         """The group of each class, where the data has groups."""
-        known = getattr(self.tasks, "group_names", None)
+        known = self.tasks.group_names
         return [known[k] for k in ids] if known else None
+
+    @property
+    def metric(self) -> Metric:
+        """What the headline metric is."""
+        return self.kind.metrics[self.metric_name]
+
+    @property
+    def available(self) -> int:
+        """Tasks of the split that evaluation looks at."""
+        return self.data.test_tasks if self.split == "test" else self.data.val_tasks
 
     @property
     def pictures(self) -> bool:
         """Whether inputs are images."""
-        return self.data.kind == "classification" and len(self._input_shape) == 3
+        return len(self._input_shape) == 3
 
     @property
     def function(self) -> bool:
         """Whether inputs and targets are numbers, so that a task can be drawn as a function."""
-        return self.data.kind == "regression" and tuple(self._input_shape) == (1,)
+        return tuple(self._input_shape) == (1,)
 
-    @property
+    @functools.cached_property
     def _input_shape(self) -> torch.Size:
-        if not hasattr(self, "_shape"):
-            self._shape = self.tasks.sample([0]).support_x.shape[2:]
-        return self._shape
+        return self.tasks.sample([0]).support_x.shape[2:]
