@@ -33,12 +33,12 @@ from app.runs.results import versions
 from datamodules.core.episodes import Support
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
+from datamodules.images.files import below, open_picture, visible
 from datamodules.images.tasks import ImageDataModule
 from models.core.learner import MetaLearner
 
 QUERY_BATCH = 256
 ROWS = 100  # of the table on the screen; the files hold all
-NO_PICTURES = {"thumbs.db", "desktop.ini"}  # what Windows leaves in folders of pictures
 
 
 class PredictionCLI(FromCheckpoint):
@@ -80,10 +80,6 @@ class Predictions:
         return sum(p == label for p, label in known), len(known)
 
 
-def _visible(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in NO_PICTURES)
-
-
 def _name(path: Path) -> str:
     """A path as text that can be written; a name need not be valid Unicode."""
     return os.fsencode(path).decode("utf-8", "replace").replace(os.sep, "/")
@@ -98,10 +94,10 @@ def support_files(root: Path) -> dict[str, list[Path]]:
     if not root.is_dir():
         raise ConfigError(f"there is no folder {_name(root)}: --support takes a folder with one folder for each class")
     found: dict[str, list[Path]] = {}
-    for entry in _visible(root):
+    for entry in visible(root):
         if not entry.is_dir():
             raise ConfigError(f"{_name(entry)} lies in no class's folder: move it into one, or away")
-        found[_name(Path(entry.name))] = files = _visible(entry)
+        found[_name(Path(entry.name))] = files = visible(entry)
         if not files:
             raise ConfigError(f"class folder {_name(entry)} is empty: put a picture into it, or remove it")
         if inner := [file for file in files if file.is_dir()]:
@@ -122,13 +118,9 @@ def query_files(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise ConfigError(f"there is no folder {_name(root)}: --query takes the folder of the pictures to classify")
-    if not (found := _below(root)):
+    if not (found := list(below(root))):
         raise ConfigError(f"{_name(root)} holds no pictures: put those to classify into it")
     return found
-
-
-def _below(folder: Path) -> list[Path]:
-    return [file for entry in _visible(folder) for file in (_below(entry) if entry.is_dir() else [entry])]
 
 
 def read(files: Sequence[Path], data: ImageDataModule) -> Tensor:
@@ -140,7 +132,7 @@ def read(files: Sequence[Path], data: ImageDataModule) -> Tensor:
     pictures = []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with open_picture(file) as image:
                 pictures.append(data.to_store(image))
         except UnidentifiedImageError as error:
             raise ConfigError(f"{_name(file)} is not a picture: remove it, or save it as PNG or JPEG") from error
@@ -175,6 +167,7 @@ def predict(
         raise ConfigError(f"device {device!r} cannot be used here: give --device cpu") from error
     support_x = read([file for members in by_class.values() for file in members], data).to(device)
     support_y = torch.arange(len(classes), device=device).repeat_interleave(torch.tensor(shots, device=device))
+    rank_zero_info(f"pictures are seen as {data.stored_form}")
     fits(learner, support_x)
     state = learner.adapt(Support(support_x, support_y, len(classes)))
     # In pieces where a prediction does not depend on the other queries, to bound memory.
@@ -318,6 +311,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "algorithm": type(learner).__name__,
             "batch_norm": learner.batch_norm,
             "transductive": learner.transductive,
+            "pictures": data.stored_form,
             "support_folder": _name(support),
             "query_folder": _name(query),
         }

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from datamodules.core.download import writable_folder
 from datamodules.images.cache import load_or_build
-from datamodules.images.preprocessing import ink
+from datamodules.images.preprocessing import ink, ink_form
 from datamodules.images.tasks import ImageClasses, ImageDataModule
 
 VERSION = 1  # of the images: whatever changes a pixel or a class must raise it
@@ -305,6 +305,10 @@ class Glyphs(ImageDataModule):
 
     def to_store(self, image: Image.Image) -> Tensor:
         return ink(image, SIZE)
+
+    @property
+    def stored_form(self) -> str:
+        return ink_form(SIZE)
 
 
 def build_classes() -> ImageClasses:

@@ -20,17 +20,21 @@ from datamodules.core.download import writable_folder
 from datamodules.core.errors import DataError, at_least
 from datamodules.core.streams import SPLITS
 from datamodules.images.cache import load_or_build
+from datamodules.images.files import below, is_picture, open_picture, visible
+from datamodules.images.preprocessing import upright
 from datamodules.images.tasks import ImageClasses, ImageDataModule, refuse_overlap, shuffled
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 class ImageFolder(ImageDataModule):
-    """Any ``root/<class>/*.jpg`` (jpeg, png, bmp, webp) tree: a folder is a class.
+    """Any ``root/<class>/…`` tree of images: a folder is a class, with all images in it and in folders within it.
 
-    Images are scaled, with antialiasing (Lanczos), to cover size x size, and their middle is kept; transparency is seen
-    on white. They are packed once into a cache in ``root``, or in the user's cache folder where ``root`` cannot be
-    written, and again when a file is added, removed or changed.
+    An image is whatever Pillow opens (jpeg, png, gif, tiff, webp, …; of several frames the first); what is none is left
+    out, and said so. Greyscale of more than 8 bits is scaled as ``preprocessing.upright`` says. Images are scaled, with
+    antialiasing (Lanczos), to cover size x size, and their middle is kept; transparency is seen on white. They are
+    packed once into a cache in ``root``, or in the user's cache folder where ``root`` cannot be written, and again when
+    a file is added, removed or changed.
 
     Args:
         size: height and width, pixels.
@@ -82,15 +86,17 @@ class ImageFolder(ImageDataModule):
 
     def to_store(self, image: Image.Image) -> Tensor:
         mode = "L" if self.channels == 1 else "RGB"
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # convert() would clip 16 bits to 8
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = upright(image)
+        if image.mode == "F":
+            image = Image.fromarray(np.rint(np.asarray(image)).astype(np.uint8))
         image = ImageOps.fit(image.convert(mode), (self.size, self.size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image))
         return pixels.view(self.size, self.size, self.channels).permute(2, 0, 1).contiguous()
+
+    @property
+    def stored_form(self) -> str:
+        what = "grey" if self.channels == 1 else "colour"
+        return f"the middle square of each in {what}, scaled to {self.size}×{self.size} pixels"
 
     def classes(self, split: str) -> ImageClasses:
         """The classes of one split.
@@ -128,26 +134,42 @@ class ImageFolder(ImageDataModule):
         if not root.is_dir():
             raise DataError(f"there is no folder {root}: set root to the folder that holds one folder for each class")
         found: dict[str, list[Path]] = {}
-        for folder in sorted(root.iterdir()):
-            if folder.is_dir() and not folder.name.startswith("."):
-                files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
-                if files:
-                    found[folder.name] = files
+        left: list[Path] = []
+        for entry in visible(root):
+            files = list(below(entry)) if entry.is_dir() else []
+            pictures = [file for file in files if is_picture(file)]
+            if pictures:
+                found[entry.name] = pictures
+            left += sorted({*(files or [entry])} - {*pictures})
         if not found:
             raise DataError(
-                f"{root} holds no images: put those of each class into a folder of its own, as in {root}/cat/1.jpg "
-                f"({', '.join(sorted(s[1:] for s in SUFFIXES))})"
+                f"{root} holds no images in folders: put those of each class into a folder of its own, as in "
+                f"{root}/cat/1.jpg"
             )
+        if {name.lower() for name in found} <= SPLIT_NAMES:
+            raise DataError(
+                f"the folders of {root} are splits, not classes ({', '.join(found)}): set root to a folder with one "
+                "folder for each class, and give splits by train_classes, val_classes and test_classes"
+            )
+        if left:
+            some = ", ".join(str(path.relative_to(root)) for path in left[:3]) + (", …" if len(left) > 3 else "")
+            rank_zero_info(f"left out of {root}: {len(left)} that hold no image of a class ({some})")
         return found
 
     @cached_property
     def _all(self) -> ImageClasses:
         tree = hashlib.sha256()
-        for name, files in self._files.items():
+        for files in self._files.values():
             for file in files:
                 status = file.stat()
-                tree.update(f"{name}/{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        key = {"name": "image folder", "size": self.size, "channels": self.channels, "tree": tree.hexdigest()}
+                tree.update(f"{file.relative_to(self.root)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        key = {
+            "name": "image folder",
+            "size": self.size,
+            "channels": self.channels,
+            "tree": tree.hexdigest(),
+            "deep": 2,
+        }
         root = Path(self.root).resolve()
         folder = writable_folder(root)
         # The user's cache holds those of many roots.
@@ -166,7 +188,7 @@ class ImageFolder(ImageDataModule):
 
     def _read(self, file: Path) -> Tensor:
         try:
-            with Image.open(file) as image:
+            with open_picture(file) as image:
                 # A large JPEG is decoded at a fraction of its size, still twice the one asked for or more.
                 image.draft(None, (2 * self.size, 2 * self.size))
                 return self.to_store(image)

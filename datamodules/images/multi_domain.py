@@ -129,6 +129,12 @@ class ImageMixture(ImageDataModule):
         first = next(iter(self.domains.values()))
         return first.seen(first.source.to_store(image)[None])[0]
 
+    @property
+    def stored_form(self) -> str:
+        name, first = next(iter(self.domains.items()))
+        turned = f", turned by {first.rotate}°" if first.rotate else ""
+        return f"{first.source.stored_form}{turned}{', inverted' if first.invert else ''} (as the domain {name!r})"
+
     def build(self, split: str) -> MixtureTasks:
         """The tasks of one split.
 

@@ -23,7 +23,7 @@ from datamodules.core.download import DownloadError, download, writable_folder
 from datamodules.core.errors import DataError
 from datamodules.core.streams import SPLITS
 from datamodules.images.cache import load_or_build
-from datamodules.images.preprocessing import ink
+from datamodules.images.preprocessing import ink, ink_form
 from datamodules.images.tasks import ImageClasses, ImageDataModule, Rotations, refuse_overlap, shuffled
 
 SIZE = 28
@@ -213,6 +213,10 @@ class Omniglot(ImageDataModule):
 
     def to_store(self, image: Image.Image) -> Tensor:
         return ink(image, SIZE)
+
+    @property
+    def stored_form(self) -> str:
+        return ink_form(SIZE)
 
     def classes(self, split: str) -> ImageClasses:
         """The characters of one split, in the order background, evaluation; alphabet; number.

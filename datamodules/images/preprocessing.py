@@ -1,4 +1,4 @@
-"""A user's picture, as the data sets of characters store their own."""
+"""A user's picture, as data sets of images store their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,91 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+DEPTHS = (1, 8, 10, 12, 14, 16)  # bits of a sample, as cameras, microscopes and scanners have them
+_FULL_DEPTH = {"PPM", "JPEG2000"}  # formats whose deep samples Pillow stretches to 16 bits itself
+_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _MAX_SAMPLE, _PHOTOMETRIC = 258, 339, 281, 262  # TIFF 6.0
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture the way up that its camera says, opaque, deep greyscale brought to 0 … 255.
+
+    Transparency is seen on white. Greyscale of more than 8 bits (modes I, I;16 and F) goes by what the file says
+    of its depth, otherwise by its own values, see ``levels``. Everything that is made of a picture starts here, so that
+    training and prediction see the same.
+
+    Returns:
+        Mode F with values in [0, 255] for deep greyscale; otherwise an 8-bit mode that converts to L and RGB.
+
+    Raises:
+        ValueError: a picture without a finite value.
+    """
+    if image.mode.startswith(("I", "F")):
+        deep = levels(np.asarray(image), _declared_white(image))
+        if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # white is 0, which Pillow minds for 8 bits alone
+            deep = 255 - deep
+        if isinstance(clear := image.info.get("transparency"), int):
+            deep[np.asarray(image) == clear] = 255
+        turn = image.getexif().get(0x0112)
+        image = Image.fromarray(deep.astype(np.float32))
+        image.getexif()[0x0112] = turn or 1
+        return ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
+
+
+def levels(values: np.ndarray, white: float | None = None) -> np.ndarray:
+    """Samples of a deep greyscale picture as brightness 0 … 255.
+
+    Black is 0. White is, where it is not given: 1 for fractions in [0, 1]; for whole numbers the largest of the fewest
+    bits among ``DEPTHS`` that hold them; for others the largest value. A picture with negative values goes from its
+    smallest value to its largest.
+
+    Args:
+        values: (H, W) integers or floats; what is not finite is taken for black.
+        white: the value of white, if the file says so.
+
+    Returns:
+        (H, W) float64.
+
+    Raises:
+        ValueError: no value is finite.
+    """
+    deep = values.astype(np.float64)
+    finite = np.isfinite(deep)
+    if not finite.any():
+        raise ValueError("it holds no finite value")
+    low, high = min(float(deep[finite].min()), 0.0), float(deep[finite].max())
+    deep[~finite] = low
+    if low < 0:
+        white = high
+    elif white is None or white < high:
+        whole = values.dtype.kind != "f" or (high > 1 and bool((deep == np.rint(deep)).all()))
+        fits = [2.0**bits - 1 for bits in DEPTHS if high < 2**bits] if whole else [1.0] if high <= 1 else []
+        white = fits[0] if fits else high
+    return (deep - low) * (255 / max(white - low, 1e-30))
+
+
+def _declared_white(image: Image.Image) -> float | None:
+    """The value of white in a deep greyscale file that says it."""
+    if image.format in _FULL_DEPTH:
+        return 2.0**16 - 1
+    tags = getattr(image, "tag_v2", {})
+    first = lambda tag: np.atleast_1d(tags.get(tag, 0))[0]  # noqa: E731
+    if first(_SAMPLE_FORMAT) == 3:  # floats
+        return None
+    if (most := float(first(_MAX_SAMPLE))) > 0:
+        return most
+    bits = int(first(_BITS_PER_SAMPLE))
+    return 2.0**bits - 1 if 8 < bits < 16 else None  # 16 and 32 are the container's, whatever it holds
+
+
+def ink_form(size: int) -> str:
+    """What ``ink`` makes of pictures, as the end of a sentence."""
+    return f"drawings of {size}×{size} pixels, bright strokes on black, whatever their colours"
 
 
 def ink(image: Image.Image, size: int = 28) -> Tensor:
@@ -22,15 +107,8 @@ def ink(image: Image.Image, size: int = 28) -> Tensor:
     Returns:
         (1, size, size) uint8.
     """
-    image = ImageOps.exif_transpose(image)  # a phone's photo says which way up it is
-    if image.mode.startswith(("I", "F")):  # 16 and 32 bits, which convert("L") would clip
-        deep = np.asarray(image, np.float64)
-        grey = (deep - deep.min()) * (255 / max(float(np.ptp(deep)), 1e-9))
-    else:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        grey = np.asarray(image.convert("L"), np.float64)
+    image = upright(image)
+    grey = np.asarray(image if image.mode == "F" else image.convert("L"), np.float64)
     paper = float(np.median(np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])))
     # Ink is on the side of the paper's brightness on which the picture goes further.
     strokes = paper - grey if paper - grey.min() >= grey.max() - paper else grey - paper

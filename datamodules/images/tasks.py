@@ -318,6 +318,11 @@ class ImageDataModule(EpisodicDataModule):
         """A user's picture (PIL.Image) as this data stores its own: (C, H, W) uint8, same size and polarity."""
         raise NotImplementedError
 
+    @property
+    def stored_form(self) -> str:
+        """What ``to_store`` makes of pictures, as the end of a sentence."""
+        return f"what {type(self).__name__} stores"
+
     def build(self, split: str) -> ImageTasks:
         return self.tasks(self.classes(split), split)
 

@@ -21,7 +21,8 @@ from PIL import Image
 
 from app import predict as module
 from app.predict import main
-from datamodules import Omniglot
+from datamodules import Glyphs, ImageMixture, Omniglot
+from datamodules.images.multi_domain import Domain
 from models import Conv4, ProtoNet
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode, normalize_by, recording
@@ -291,6 +292,35 @@ def test_any_picture_is_taken(runs, pictures) -> None:
     assert len(found["predictions"]) == 11
     assert found["support"] == SHOTS
     assert np.isfinite(probabilities(found)).all()
+
+
+def test_deep_pictures_are_told_apart(runs, pictures) -> None:
+    """Queries of 12 bits, or of fractions, that all turn black and get one and the same answer."""
+    support, query = pictures
+    found = {}
+    for kind, most, dtype in (("8", 255, np.uint8), ("12", 4095, np.uint16), ("float", 1, np.float32)):
+        shutil.rmtree(query)
+        query.mkdir()
+        for name in SHOTS:
+            grey = np.asarray(picture(name, 10).convert("L")) / 255
+            grey = np.where(grey == grey.max(), 1, grey)  # white is in the picture
+            values = grey * most if kind == "float" else np.rint(grey * most)
+            Image.fromarray(values.astype(dtype)).save(query / f"{name}.tiff")
+        found[kind] = probabilities(predict(runs["protonet"], support, query))
+    assert found["8"].std(0).min() > 1e-3
+    np.testing.assert_allclose(found["12"], found["8"], atol=5e-3)
+    np.testing.assert_allclose(found["float"], found["8"], atol=5e-3)
+
+
+def test_what_becomes_of_the_pictures_is_told(runs, pictures, caplog) -> None:
+    """Pictures that are cropped, or turned into small drawings without their colours, without a word."""
+    words = "the middle square of each in colour, scaled to 16×16 pixels"
+    assert predict(runs["protonet"], *pictures)["pictures"] == words
+    assert [record.message for record in caplog.records].count(f"pictures are seen as {words}") == 1
+    drawings = "drawings of 28×28 pixels, bright strokes on black, whatever their colours"
+    assert Glyphs().stored_form == Omniglot().stored_form == drawings
+    domains = {"drawn": Domain(Glyphs(), rotate=90, invert=True), "other": Domain(Glyphs())}
+    assert ImageMixture(domains).stored_form == f"{drawings}, turned by 90°, inverted (as the domain 'drawn')"
 
 
 def _one_class(support: Path, query: Path) -> None:

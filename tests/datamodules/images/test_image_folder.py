@@ -165,6 +165,56 @@ def test_all_file_types_and_no_others(tmp_path: Path) -> None:
     assert set(data._all.counts) == {5}
 
 
+def test_what_predict_opens_is_packed_and_the_rest_is_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Classes of .tif, .gif or .jfif files, of files without a suffix or of folders within, that vanish; what is left
+    out without a word; a pipe that is waited at, and a link to a folder above that is followed for ever."""
+    image = Image.new("L", (6, 6), 77)
+    kinds = {"tif": "TIFF", "gif": "GIF", "jfif": "JPEG", "ppm": "PPM"}
+    for suffix, kind in kinds.items():
+        (root / suffix).mkdir()
+        for i in range(4):
+            image.save(root / suffix / f"{i}.{suffix}", kind)
+    (root / "nested" / "left" / "deep").mkdir(parents=True)
+    for i in range(2):
+        image.save(root / "nested" / "left" / f"{i}.png")
+        image.save(root / "nested" / "left" / "deep" / f"{i}.png")
+    (root / "bare").mkdir()
+    for i in range(4):
+        image.save(root / "bare" / str(i), "PNG")
+    (root / "class0" / "notes.txt").write_text("no image")
+    os.mkfifo(root / "class1" / "pipe")
+    (root / "class2" / "above").symlink_to(root / "class2")
+    data = folder(root)
+    with caplog.at_level(logging.INFO):
+        data.prepare_data()
+    assert dict(zip(data._all.names, data._all.counts, strict=True)) == TEN | dict.fromkeys(
+        [*kinds, "nested", "bare"], 4
+    )
+    told = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert told == [f"left out of {root}: 2 that hold no image of a class (class0/notes.txt, class1/pipe)"]
+
+
+def test_cache_follows_folders_within_classes(root: Path) -> None:
+    """An image that moves from one folder within a class to another and is packed from where it was."""
+    first = root / "class0" / "00.png"
+    (root / "class0" / "in").mkdir()
+    before = folder(root)
+    before.prepare_data()
+    first.rename(root / "class0" / "in" / "zz.png")
+    after = folder(root)
+    after.prepare_data()
+    assert torch.equal(after._all.images, after._pack().images)
+
+
+def test_splits_are_no_classes(tmp_path: Path) -> None:
+    """A tree of train/, val/ and test/ folders that becomes three classes of everything."""
+    for split in ("train", "val", "test"):
+        image_tree(tmp_path / split, TEN)
+    with pytest.raises(DataError, match=r"are splits, not classes \(test, train, val\): set root") as caught:
+        folder(tmp_path).prepare_data()
+    one_line(caught)
+
+
 def test_large_jpeg_is_stored_as_its_full_decoding_would_be(tmp_path: Path) -> None:
     """The fast path for large photos that is coarse: stored images unlike what a user's picture becomes."""
     waves = 128 + 100 * np.sin(np.add.outer(np.arange(800), np.arange(1000)) / 4)
@@ -241,10 +291,11 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 
 def test_folder_without_classes(tmp_path: Path) -> None:
-    """Images that lie in root itself, or one level too deep, without a word about where they belong."""
+    """Images that lie in root itself, without a word about where they belong."""
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    image_tree(tmp_path / "train", {"cat": 3})
-    with pytest.raises(DataError, match=r"holds no images: put those of each class into a folder of its own") as caught:
+    with pytest.raises(
+        DataError, match=r"holds no images in folders: put those of each class into a folder of its own"
+    ) as caught:
         folder(tmp_path).prepare_data()
     one_line(caught)
 
