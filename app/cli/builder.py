@@ -22,6 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from app.cli.base_configs import with_bases
+from app.cli.precision import instead_of
 from app.cli.suggestions import Parser, one_line_errors
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
@@ -107,6 +108,12 @@ class MetaboltCLI(LightningCLI):
         )
         parser.add_argument("--project", type=str, default="metabolt", help="Weights & Biases project.")
         parser.add_argument(
+            "--keep_precision",
+            type=bool,
+            default=False,
+            help="Compute in bfloat16 also where the processor only emulates it.",
+        )
+        parser.add_argument(
             "--allow_overlap",
             type=bool,
             default=False,
@@ -182,7 +189,15 @@ class MetaboltCLI(LightningCLI):
             loggers = []
         elif logger not in (None, True):  # beside ours
             loggers += logger if isinstance(logger, list) else [logger]
+        precision = None if self.setting("keep_precision") else instead_of(trainer_settings)
+        if precision is not None:
+            kwargs["precision"] = precision
+            rank_zero_info(
+                f"this processor emulates bfloat16, some ten times as slowly: computing in {precision} in place of "
+                f"{trainer_settings['precision']} (--keep_precision true keeps it)"
+            )
         trainer = super().instantiate_trainer(
+            **kwargs,
             callbacks=[*given, *own],
             logger=loggers or False,
             default_root_dir=str(self.run_dir),

@@ -39,7 +39,7 @@ DATA = [
     "4",
 ]
 SIZES = ["--data.val_tasks", "8", "--data.test_tasks", "12", "--data.eval_batch_size", "4"]
-QUIET = ["--wandb", "off", "--pictures", "false"]  # drawing takes longer than training these
+QUIET = ["--wandb", "off", "--pictures", "false", "--keep_precision", "true"]  # drawing takes longer than training
 TRAINER = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *QUIET]
 MAML = ["--model", "models.MAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"]
 ALGORITHMS = {
