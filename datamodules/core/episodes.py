@@ -36,6 +36,11 @@ class Support:
     ways: int
     unlabelled: Tensor | None = None
 
+    def members(self) -> Tensor:
+        """Which examples are of which class, (S, ways) bool."""
+        # By comparison: torch's one_hot looks at values, which nested transformations do not let it.
+        return self.y[:, None] == torch.arange(self.ways, device=self.y.device)
+
 
 @dataclass(frozen=True)
 class Task:

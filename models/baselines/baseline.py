@@ -119,7 +119,7 @@ class Baseline(EmbeddingLearner):
         """The minimum of Σ cross-entropy + ‖W‖² / 2, by Nesterov's accelerated gradient."""
         z = F.normalize(z, dim=-1)
         x = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-        wanted = F.one_hot(support.y, support.ways).to(z.dtype)
+        wanted = support.members().to(z.dtype)
         steepest = len(x) + 1  # Böhning's bound of the Hessian: half of Σ‖x‖², and the prior's 1
         momentum = (1 - steepest**-0.5) / (1 + steepest**-0.5)
         w = ahead = z.new_zeros(support.ways, x.shape[1])

@@ -131,7 +131,7 @@ class WeightGenerator(MetaLearner):
     def generate(self, x: Tensor, support: Support, q: Normal) -> tuple[Tensor, Tensor]:
         """Classifiers (samples, ways, features + 1), and the log-weight (samples,) of each."""
         z = q.mean + q.stddev * self.noise(x, support, q.mean)
-        weights = self.generator(z).to(z.dtype)
+        weights = self.generator(z.to(next(self.generator.parameters()).dtype)).to(z.dtype)
         score = z.new_zeros(len(z))
         if self.weighting != "uniform":
             score = self.log_p(x, weights)[:, torch.arange(len(x)), support.y].sum(1)

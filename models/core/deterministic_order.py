@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.core.episodes import Support, checksum
@@ -35,6 +34,6 @@ def shuffled(support: Support) -> Tensor:
 def shuffled_labels(support: Support, labels: int) -> Tensor:
     """Which of so many labels stands for each class, (ways,), by the marks of its examples: whatever its name."""
     of_examples = marks(support)
-    of_classes = mixed((F.one_hot(support.y, support.ways) * of_examples[:, None]).sum(0))
+    of_classes = mixed((support.members() * of_examples[:, None]).sum(0))
     of_labels = mixed(torch.arange(labels, device=of_classes.device) + of_examples.sum())
     return of_labels.argsort()[of_classes.argsort().argsort()]

@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -94,7 +93,7 @@ def task_features(backbone: nn.Module, task: Task, mode: BatchNormMode, source: 
 
 def class_means(values: Tensor, support: Support) -> Tensor:
     """The mean (ways, …) of what the examples of each class have, (S, …); shots may differ by class."""
-    members = F.one_hot(support.y, support.ways).to(values.dtype)
+    members = support.members().to(values.dtype)
     return (members.T @ values) / members.sum(0)[:, None]
 
 

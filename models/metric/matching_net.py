@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ class MatchingNet(EmbeddingLearner):
         reads: K, steps of f's LSTM, each with a read of the support set.
         scale: multiplies the similarities, an inverse temperature. 1 is published; but then no query can be predicted
             with more certainty than e² to 1 against each other image. None learns it, from 10.
+        shots_count: each example has its share of the attention, so that a class with more of them is the likelier: the
+            equation as it is printed. By default each class has, which is the same for as many examples of each.
         **others: see EmbeddingLearner.
     """
 
@@ -55,10 +58,12 @@ class MatchingNet(EmbeddingLearner):
         full_context: bool = True,
         reads: int = 5,
         scale: float | None = 1.0,
+        shots_count: bool = False,
         **others: Any,
     ) -> None:
         super().__init__(backbone, **others)
         at_least(1, reads=reads)
+        self.shots_count = shots_count
         self.full_context, self.reads = full_context, reads
         self.scale = nn.Parameter(torch.tensor(10.0)) if scale is None else scale
         if full_context:
@@ -87,10 +92,12 @@ class MatchingNet(EmbeddingLearner):
         if self.full_context:
             order = shuffled(support)
             z, y = self.in_sequence(z[order]), y[order]
-        return Memory(z, F.one_hot(y, support.ways).T.bool())
+        return Memory(z, replace(support, y=y).members().T)
 
     def compare(self, summary: Memory, z: Tensor) -> Tensor:
         f = self.attended(z, summary.g) if self.full_context else z
         similarity = self.scale * (F.normalize(f, dim=-1) @ F.normalize(summary.g, dim=-1).T)
+        if not self.shots_count:
+            similarity = similarity - summary.members.T.to(z.dtype) @ summary.members.sum(1).to(z.dtype).log()
         attention = similarity.log_softmax(-1)[:, None].masked_fill(~summary.members, -torch.inf)
         return attention.logsumexp(-1)  # the logarithm of a class's share

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datamodules.core.episodes import Support
+from datamodules.core.episodes import Episodes, Support
 from datamodules.core.errors import at_least
 from models.core.embedding_learner import EmbeddingLearner
 from models.core.learner import Paper
@@ -46,7 +46,8 @@ class RelationModule(nn.Module):
     def forward(self, classes: Tensor, queries: Tensor) -> Tensor:
         """Scores (Q, K) of the maps of K classes and Q queries, flattened, each with each."""
         first, second = cast(list[nn.Conv2d], self.convs)
-        of_classes, of_queries = (z.unflatten(-1, self.maps) for z in (classes, queries))
+        # Where tasks are mapped over, autocast rounds products of matrices but passes convolutions by.
+        of_classes, of_queries = (z.unflatten(-1, self.maps).to(first.weight.dtype) for z in (classes, queries))
         # A convolution of two stacked maps is the sum of one of each: no need to repeat it for every pair.
         for_classes, for_queries = first.weight.split(self.maps[0], 1)
         of_classes = F.conv2d(of_classes, for_classes, first.bias, padding=first.padding)
@@ -60,8 +61,9 @@ class RelationModule(nn.Module):
 class RelationNet(EmbeddingLearner):
     """Learns the metric too: a network scores how much a query and a class belong together (eq. 1).
 
-    A class is the sum of its support's feature maps. Scores are between 0 and 1 and regress on whether the class is the
-    query's own (eq. 2); over classes, they are taken for shares of the probability.
+    A class is the sum of its support's feature maps, as of so many shots as in meta-training. Scores are between 0 and
+    1 and regress on whether the class is the query's own (eq. 2); over classes, they are taken for shares of the
+    probability.
 
     Args:
         backbone: the embedding, whose features are maps: ``Conv4`` with "pool" and, as published, two ``halvings``
@@ -82,6 +84,9 @@ class RelationNet(EmbeddingLearner):
         "https://arxiv.org/abs/1711.06025",
     )
 
+    shots: Tensor
+    batches: Tensor
+
     def __init__(
         self,
         backbone: Backbone,
@@ -98,10 +103,25 @@ class RelationNet(EmbeddingLearner):
             raise ValueError("relations are between feature maps, which this backbone averages: downsample by pool")
         self.criterion = criterion
         self.relation = RelationModule(backbone.maps, filters, hidden, padding)
+        # The mean of the shots in meta-training, and over how many meta-batches.
+        self.register_buffer("shots", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def on_train_batch_start(self, batch: Episodes, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.batches += 1
+        self.shots += (batch.support_y.shape[1] / batch.ways - self.shots) / self.batches
 
     def summarize(self, z: Tensor, support: Support) -> Tensor:
-        """The sum of the maps of each class's support, (ways, features); shots may differ by class."""
-        return F.one_hot(support.y, support.ways).to(z.dtype).T @ z
+        """The sum of the maps of each class's support, (ways, features).
+
+        Of another number of shots than in meta-training, or of another for each class, it is what as many as there
+        would have: their mean times those. A sum of more is nothing that the relation module has ever seen.
+        """
+        members = support.members().to(z.dtype)
+        if self.training:
+            return members.T @ z
+        return self.shots.clamp(min=1).to(z.dtype) * (members.T @ z) / members.sum(0)[:, None]
 
     def compare(self, summary: Tensor, z: Tensor) -> Tensor:
         scores = self.relation(summary, z)

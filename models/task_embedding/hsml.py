@@ -153,7 +153,7 @@ class HSML(GradientLearner):
         if isinstance(level, FunctionLevel):
             seen = call(self.embedding, {}, support.x, self.statistics_source)
             return level.read(self.joint(seen), support.y, self.active)
-        targets = F.one_hot(support.y, support.ways) if support.ways else support.y
+        targets = support.members() if support.ways else support.y
         rows = fit_outputs(self.head_targets, support.ways) if support.ways else self.head_targets
         seen = call(self.embedding, {}, support.x, self.statistics_source)
         examples = self.joint(seen) + targets.to(rows.dtype) @ rows

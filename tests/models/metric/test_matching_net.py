@@ -69,7 +69,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 def test_probabilities_are_attention_on_support_labels(full_context, scale):
     """Catches an LSTM, skip connection, read or direction that is missing, attention by other than the cosine or over
     queries, and shares by class that are means or maxima: shots are unequal."""
-    learner = small(full_context=full_context, scale=scale, reads=3).eval()
+    learner = small(full_context=full_context, scale=scale, reads=3, shots_count=True).eval()
     y = torch.tensor([2, 0, 0, 1, 2, 2])
     x, q = torch.rand(6, 1, 8, 8, dtype=torch.float64), torch.rand(4, 1, 8, 8, dtype=torch.float64)
     support = Support(x, y, 3)
@@ -130,3 +130,17 @@ def test_every_image_has_its_own_context_whatever_the_order_it_comes_in():
         z = learner.embed(task.support.x)
         order = shuffled(task.support)
         assert not torch.allclose(learner.in_sequence(z[order.flip(0)]).flip(0), learner.in_sequence(z[order]), 1e-4)
+
+
+def test_examples_that_are_there_twice_count_once_unless_shots_are_to_count():
+    """Catches a class that is the likelier for having more examples: one is repeated here, which tells nothing new."""
+    x, q = torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    once, thrice = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 0, 1, 2])
+    for shots_count in (False, True):
+        learner = small(full_context=False, shots_count=shots_count).eval()
+        with torch.no_grad():
+            alone, repeated = (learner.predict(learner.adapt(Support(x[y], y, 3)), q) for y in (once, thrice))
+        if shots_count:
+            assert (repeated.softmax(-1)[:, 0] > alone.softmax(-1)[:, 0] + 0.05).all()
+        else:
+            torch.testing.assert_close(repeated, alone)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from datamodules.core.episodes import Support
 from models import Conv4, RelationNet
+from models.core.learner import MetaLearner
 from models.networks.batch_norm import BatchNorm, normalize_by
 from tests.support.gradients import assert_equals_finite_differences, episodes
 
@@ -22,6 +25,7 @@ def small(**settings) -> RelationNet:
             for tensor in (layer.weight.data, layer.bias.data, layer.running_mean):
                 tensor.add_(0.3 * torch.randn_like(tensor))
             layer.running_var.uniform_(0.5, 2)
+    learner.shots.fill_(2.0)
     return learner
 
 
@@ -42,6 +46,8 @@ def scores(learner: RelationNet, z: Tensor, y: Tensor, zq: Tensor, by_batch: boo
             for one, label in zip(z, y, strict=True):
                 if label == k:
                     of_class += one.view(4, 4, 4)
+            if not learner.training:  # as many as were trained on
+                of_class *= learner.shots / (y == k).sum()
             pairs.append(torch.cat([of_class, query.view(4, 4, 4)]))
     x = torch.stack(pairs)
     module = learner.relation
@@ -59,8 +65,8 @@ def problem() -> tuple[Support, Tensor]:
 
 
 def test_scores_are_of_the_sum_of_a_class_stacked_on_the_query():
-    """Catches the two stacked the wrong way round, a mean for the sum where shots are unequal, a block that is left
-    out, and scores that are not shares of the probability."""
+    """Catches the two stacked the wrong way round, a class whose maps are larger for having more shots, a block that is
+    left out, and scores that are not shares of the probability."""
     learner = small().eval()
     support, q = problem()
     with torch.no_grad(), normalize_by("running"):
@@ -164,3 +170,17 @@ def test_maps_that_are_averaged_or_vanish_are_refused():
         RelationNet(Conv4(downsample="pool"))
     with pytest.raises(ValueError, match="image_size is 20 but nothing is left of that after 4 blocks"):
         Conv4(image_size=20, downsample="pool", unpadded=2)
+
+
+def test_at_the_shots_of_training_a_class_is_the_sum_of_its_maps():
+    """Catches a mean, in meta-training or after it, where the paper has the sum; and shots that are not counted."""
+    learner, task = small(), episodes(tasks=1, size=16)[0]
+    z = torch.rand(6, 64, dtype=torch.float64)
+    of_classes = torch.stack([z[task.support.y == k].sum(0) for k in range(3)])
+    torch.testing.assert_close(learner.train().summarize(z, task.support), of_classes)
+    torch.testing.assert_close(learner.eval().summarize(z, task.support), of_classes)
+    learner.shots.zero_()
+    for shots in (2, 2, 5):
+        with mock.patch.object(MetaLearner, "on_train_batch_start"):
+            learner.on_train_batch_start(episodes(tasks=2, shots=shots, size=16), 0)
+    assert learner.shots.item() == pytest.approx(3)
