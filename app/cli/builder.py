@@ -16,11 +16,9 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-
 from app.cli.base_configs import with_bases
-from app.cli.suggestions import Parser, one_line_errors
+from app.cli.failures import configuration, one_line_errors, refusal, refuse_nulls
+from app.cli.suggestions import Parser
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
@@ -32,7 +30,7 @@ from app.runs.results import print_results, results, write_results
 from app.runs.resume import cosine_shorter_than, reconcile
 from app.runs.stopwatch import Stopwatch
 from datamodules.core.base import EpisodicDataModule
-from datamodules.core.errors import ConfigError, DataError
+from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO
 from models.core.learner import MetaLearner
@@ -100,8 +98,12 @@ class MetaboltCLI(LightningCLI):
             "--pictures", type=bool, default=True, help="Draw at validations and after the test; false for sweeps."
         )
 
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning where a caller gives the arguments
+        configuration.set(self.config)
+        refuse_nulls(self.config)
 
     def setting(self, name: str) -> Any:
         return self._get(self.config_init, name)
@@ -114,18 +116,17 @@ class MetaboltCLI(LightningCLI):
     def yaml(self) -> str:
         """The complete configuration, which runs again as it is."""
         config = self.config.clone()
-        for key in ("config", "ckpt_path", *(["stage"] if self.learns else [])):
+        for key in ("config", "ckpt_path", "debug", *(["stage"] if self.learns else [])):
             config.pop(key, None)
         return self.parser.dump(config, skip_none=False)
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as error:
-            root: BaseException = error  # the parser wraps what a constructor says in an account of all it tried
-            while isinstance(root.__cause__, (ValueError, MisconfigurationException, DataError)):
-                root = root.__cause__
-            raise ConfigError(" ".join(str(root).split())) from error
+        except Exception as error:
+            if (refused := refusal(error, self.config)) is error:
+                raise
+            raise refused from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         learner, data = self.model, self.datamodule
@@ -319,7 +320,7 @@ def main(args: Sequence[str] | None = None) -> None:
     quiet_lightning()
     cli = None
     try:
-        with one_line_errors():
+        with one_line_errors("--debug" in (sys.argv[1:] if args is None else args)):
             cli = MetaboltCLI(args)
             run(cli)
     except SIGTERMException:

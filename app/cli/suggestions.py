@@ -6,15 +6,12 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
 
 import datamodules
 import models
-from datamodules.core.errors import ConfigError, DataError
 from models.generative.adversary import GAN
 
 
@@ -69,13 +66,3 @@ def explain(parser: LightningArgumentParser, message: str) -> str:
         near = difflib.get_close_matches(found["key"].rsplit(".", 1)[-1], list(by_leaf), 1, 0.5)
         return f"unknown key {found['key']!r}" + (f": did you mean {by_leaf[near[0]]!r}?" if near else "")
     return text if len(text) <= 300 else text[:300] + " …"
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What the user can mend ends the process with one line and exit code 2."""
-    try:
-        yield
-    except (ConfigError, DataError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)

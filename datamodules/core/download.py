@@ -60,9 +60,12 @@ def download(urls: Sequence[str], path: Path, md5: str) -> Path:
         DownloadError: no mirror gave it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part, lock = path.with_name(path.name + ".part"), path.with_name(path.name + ".lock")
+    for place in (path, part, lock):
+        if place.exists() and not place.is_file():  # a pipe would be waited at for ever
+            raise DownloadError(f"cannot download {path.name}: {place} is no regular file")
     reasons = []
-    with _alone(path.with_name(path.name + ".lock")):
+    with _alone(lock):
         if path.exists():  # fetched while this process waited
             return path
         for url in urls:
