@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shlex
@@ -16,6 +17,9 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+
 from app.cli.base_configs import with_bases
 from app.cli.failures import configuration, one_line_errors, refusal, refuse_nulls
 from app.cli.suggestions import Parser
@@ -97,7 +101,6 @@ class MetaboltCLI(LightningCLI):
         parser.add_argument(
             "--pictures", type=bool, default=True, help="Draw at validations and after the test; false for sweeps."
         )
-
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -151,13 +154,13 @@ class MetaboltCLI(LightningCLI):
                 own.append(BestCheckpoint(folder, f"val/{kind.headline}", headline.better))
             # After all others: what it saves has the state that a validation left them in.
             own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
-        callbacks = trainer_settings.get("callbacks") or []
+        callbacks, plugins = (as_list(trainer_settings.get(name)) for name in ("callbacks", "plugins"))
         loggers: list[Any] = [] if trainer_settings.get("fast_dev_run") else self.loggers(own)
         trainer = super().instantiate_trainer(
             callbacks=[*callbacks, *own],
             logger=loggers or False,
             default_root_dir=str(self.run_dir),
-            plugins=[*(trainer_settings.get("plugins") or []), AtomicCheckpointIO()],
+            plugins=[*plugins, AtomicCheckpointIO()],
         )
         self._check(trainer)
         return trainer
@@ -189,7 +192,7 @@ class MetaboltCLI(LightningCLI):
         if own and not self.model.automatic_optimization:
             raise ConfigError(
                 f"{type(self.model).__name__} takes several steps of its own in a meta-update: leave out "
-                "--trainer.gradient_clip_val and accumulate_grad_batches, and clip by --model.init_args.max_grad_norm"
+                f"--trainer.gradient_clip_val and accumulate_grad_batches{clip_instead(self.model)}"
             )
         if str(trainer_settings.get("precision")) in ("16", "16-mixed") and not self.model.automatic_optimization:
             raise ConfigError(
@@ -209,7 +212,10 @@ class MetaboltCLI(LightningCLI):
                     f"the model's head has {outputs} outputs but training tasks have {ways} ways: "
                     f"give --model.init_args.outputs {ways}"
                 )
-        every, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+        if (steps := trainer.log_every_n_steps) < 1:
+            raise ConfigError(f"trainer.log_every_n_steps is {steps} but must be at least 1: leave it out for 50")
+        # By the clock ("00:01:00:00") there is no such number.
+        every, accumulate = getattr(trainer, "val_check_interval", None), trainer.accumulate_grad_batches
         if isinstance(every, int) and every % accumulate:
             raise ConfigError(
                 f"validation every {every} meta-batches would fall within an accumulation of {accumulate}: make "
@@ -221,6 +227,17 @@ class MetaboltCLI(LightningCLI):
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or self.trainer.num_devices
         if self.trainer.strategy.root_device.type == "cpu" and here > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+
+
+def as_list(given: Any) -> list[Any]:
+    """What a setting of the Trainer holds that takes several, one or none."""
+    return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+
+
+def clip_instead(learner: MetaLearner) -> str:
+    """How a learner that steps by itself clips gradients, as the end of a sentence; nothing where it does not."""
+    own = "max_grad_norm" in inspect.signature(type(learner).__init__).parameters
+    return ", and clip by --model.init_args.max_grad_norm" if own else ""
 
 
 class RunFiles(pl.Callback):
@@ -275,9 +292,12 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
     content = results(cli.model, cli.datamodule, facts)
     if not cli.trainer.fast_dev_run:
         write_results(content, cli.run_dir / "results.json")
-    hints = [f"again: python train.py --config {cli.run_dir}/config.yaml --stage test"]
+    again = cli.run_dir / "config.yaml"  # not there after a test of what was never trained
+    hints = [f"again: python train.py --config {again} --stage test"] if again.is_file() else []
     hints += [hint for logger in cli.trainer.loggers if isinstance(logger, WandbRun) for hint in logger.hints()]
-    print_results(content, as_results(cli.model.all_metrics()), cli.run_dir, hints)
+    print_results(
+        content, as_results(cli.model.all_metrics()), None if cli.trainer.fast_dev_run else cli.run_dir, hints
+    )
 
 
 def run(cli: MetaboltCLI) -> None:

@@ -22,6 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from datamodules.core.download import DownloadError
 from datamodules.core.errors import ConfigError, DataError
+from datamodules.core.runtime import memory_of_the_machine
 
 try:
     import resource
@@ -31,12 +32,10 @@ except ImportError:  # Windows
 # The complete configuration of the command that runs, by which an error is traced to a setting.
 configuration: ContextVar[Any] = ContextVar("configuration", default=None)
 
-PROJECT = Path(__file__).parents[2]
-OURS = tuple(str(PROJECT / room) for room in ("app", "models", "datamodules"))
 # Never what the user can mend by a setting, when nobody refuses deliberately.
 _NO_MEMORY = re.compile(
     r"can't allocate|not enough memory|out of memory|[Uu]nable to allocate|Storage size calculation overflowed|"
-    r"numel: integer multiplication overflow|array is too big|Maximum allowed|Cannot allocate memory|too many dimensions"
+    r"numel: integer multiplication overflow|array is too big|Maximum allowed|Cannot allocate memory"
 )
 # Of settings that say how long a run is, not how much of it is in memory at once.
 _LENGTHS = re.compile(r"seed|steps|epochs|(val|test)_tasks|interval|checkpoint_every|horizon")
@@ -54,13 +53,13 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
     """
     token = configuration.set(None)
     try:
-        with _memory_of_the_machine():
+        with _no_more_memory_than_there_is():
             yield
     except Exception as error:
         if debug:
             traceback.print_exc()
         line, code = told(error, configuration.get())
-        sys.stderr.write(f"error: {line}\n")
+        sys.stderr.write(f"error: {_line(line, 2000)}\n")
         sys.exit(code)
     finally:
         configuration.reset(token)
@@ -117,8 +116,8 @@ def _mendable(error: Exception) -> bool:
         return (error.name or "").split(".")[0] not in ("app", "models", "datamodules")
     if isinstance(error, (MisconfigurationException, OSError, UnicodeError)) or _out_of_memory(error):
         return True
-    if any(_built(frame) and not frame.f_code.co_filename.startswith(OURS) for frame, _ in frames):
-        return True  # a constructor of a library, which refuses its settings by whatever comes first
+    if _refusing(frames):
+        return True
     if not frames or not linecache.getline(frames[-1][0].f_code.co_filename, frames[-1][1]).strip().startswith("raise"):
         return False
     deep = frames[-1][0].f_code.co_filename
@@ -140,13 +139,28 @@ def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
     return list(traceback.walk_tb(error.__traceback__))
 
 
+def _refusing(frames: list[tuple[FrameType, int]]) -> bool:
+    """Whether a library's constructor, optimizer or scheduler fails by itself, with whatever error comes first.
+
+    An optimizer also calls the training step, whose errors are not its own.
+    """
+    for frame, _ in reversed(frames):
+        if "site-packages" not in frame.f_code.co_filename:
+            return False
+        if _built(frame) is not None:
+            return True
+    return False
+
+
 def _built(frame: FrameType) -> type | None:
-    """The class that a constructor's frame builds, and which a configuration may name."""
+    """The class that a constructor's frame builds, and which a configuration may name.
+
+    Of optimizers and schedulers any of their methods: they take settings as they are and fail when they use them.
+    """
     made = frame.f_locals.get("self")
-    named = (pl.Trainer, pl.Callback, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.nn.Module)
-    if frame.f_code.co_name == "__init__" and isinstance(made, named):
-        return type(made)
-    return None
+    steps = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    built = frame.f_code.co_name == "__init__" and isinstance(made, (pl.Trainer, pl.Callback, torch.nn.Module))
+    return type(made) if built or isinstance(made, steps) else None
 
 
 def _setting(error: Exception, settings: dict[str, Any]) -> str | None:
@@ -210,7 +224,7 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _line(text: str, most: int = 300) -> str:
-    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return text if len(text) <= most else text[:most] + " …"
 
 
@@ -273,7 +287,7 @@ def _name(hint: Any) -> str:
 
 
 @contextmanager
-def _memory_of_the_machine() -> Iterator[None]:
+def _no_more_memory_than_there_is() -> Iterator[None]:
     """Limits private memory to what there is: to take more fails at once, where Linux would promise it and kill later.
 
     Not beside an accelerator, whose driver reserves more than it uses.
@@ -282,22 +296,10 @@ def _memory_of_the_machine() -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = _memory()
+    most = memory_of_the_machine()
     bounded = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min([most, *bounded]), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _memory() -> int:
-    """Bytes of memory and swap, or those that the process's group may take."""
-    with open("/proc/meminfo") as file:
-        sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in file if "kB" in line}
-    most = sizes["MemTotal"] + sizes.get("SwapTotal", 0)
-    try:
-        group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return most
-    return min(most, int(group)) if group.isdigit() else most
