@@ -143,6 +143,9 @@ class MetaboltCLI(LightningCLI):
         kind = KINDS[data.kind]
         headline = kind.metrics[kind.headline]
         trainer_settings = self._get(self.config_init, "trainer")
+        devices, most = str(trainer_settings.get("devices")), 1024
+        if devices.isdecimal() and int(devices) > most:  # Lightning makes a list of them first
+            raise ConfigError(f"trainer.devices is {devices}, but a machine has no more than {most}: give fewer")
         own: list[pl.Callback] = [RunFiles(self)]
         self.stopwatch = Stopwatch()
         if trainer_settings.get("enable_progress_bar") is not False:

@@ -125,7 +125,7 @@ def _mendable(error: Exception) -> bool:
         return True
     by_library = any(f"{part}/" in deep for part in ("pytorch_lightning", "lightning_fabric", "torch/optim"))
     state = "state_dict" in str(error) and isinstance(error, (RuntimeError, KeyError))
-    return state or (by_library and isinstance(error, (RuntimeError, TypeError, KeyError)))
+    return state or (by_library and isinstance(error, (RuntimeError, TypeError, KeyError, AttributeError)))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -37,6 +37,8 @@ CALLBACK = "pytorch_lightning.callbacks"
         (("--data.shots", "null"), "data.init_args.shots is null but must be int"),
         (("--trainer.devices", "null"), "trainer.devices"),
         (("--trainer.devices", "x"), "trainer.devices"),
+        (("--trainer.devices", "1000000000"), "trainer.devices is 1000000000"),
+        (("--trainer.callbacks", "LearningRateFinder"), "learning rate finder"),
         (("--trainer.accelerator", "tpu"), "torch_xla"),
         (("--trainer.log_every_n_steps", "0"), "log_every_n_steps is 0"),
         (("--trainer.limit_train_batches", "0.5"), "limit_train_batches"),
