@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from app.cli.suggestions import one_line_errors
+from app.cli.failures import one_line_errors
 from app.dashboard.reinforcement import optimum_of
 from app.plots import reinforcement as figures_rl
 from app.plots import results, style
@@ -188,8 +188,9 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path, help="Of runs, runs/<name>, or of evaluations.")
     parser.add_argument("--out", type=Path, help="Folder for what is written; by default one beside the runs.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
     options = parser.parse_args(args)
-    with one_line_errors():
+    with one_line_errors(options.debug):
         folders = [folder.parent if folder.is_file() else folder for folder in options.folders]
         if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
             raise ConfigError("a comparison needs two or more folders, each of them once")

@@ -18,8 +18,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from app.cli.builder import quiet_lightning
+from app.cli.failures import one_line_errors
 from app.cli.from_checkpoint import SHORT, FromCheckpoint, Options, Trained, fits, open_checkpoint, restore
-from app.cli.suggestions import one_line_errors
 from app.compare import comparison_dir, write_comparison
 from app.dashboard.callback import Dashboard
 from app.runs.directory import EVALUATIONS, TASKS_CSV, TASKS_NPZ, slug
@@ -197,7 +197,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options, keys = parser.split(args)
     words = [w for o in ("seed", "data", *SHORT) if (v := getattr(options, o)) is not None for w in (o, str(v))] + keys
     command = shlex.join([*EvaluationCLI.prog.split(), *args])
-    with one_line_errors():
+    with one_line_errors(options.debug):
         if len(options.ckpt_path) > 1:
             compare(options, keys, words, command)
         else:

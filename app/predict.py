@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.table import Table
@@ -27,13 +27,13 @@ from rich.text import Text
 from torch import Tensor
 
 from app.cli.builder import quiet_lightning
+from app.cli.failures import one_line_errors
 from app.cli.from_checkpoint import FromCheckpoint, Options, Trained, fits, open_checkpoint, restore
-from app.cli.suggestions import one_line_errors
 from app.runs.results import versions
 from datamodules.core.episodes import Support
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
-from datamodules.images.files import below, open_picture, visible
+from datamodules.images.files import UNREADABLE, below, open_picture, visible
 from datamodules.images.tasks import ImageDataModule
 from models.core.learner import MetaLearner
 
@@ -136,7 +136,7 @@ def read(files: Sequence[Path], data: ImageDataModule) -> Tensor:
                 pictures.append(data.to_store(image))
         except UnidentifiedImageError as error:
             raise ConfigError(f"{_name(file)} is not a picture: remove it, or save it as PNG or JPEG") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+        except UNREADABLE as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{_name(file)} cannot be read ({reason}): replace or remove it") from error
     return data.normalize(torch.stack(pictures))
@@ -295,7 +295,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--query", required=True, help="Folder of the pictures to classify, or one picture.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps.")
     options, keys = parser.split(args)
-    with one_line_errors():
+    with one_line_errors(options.debug):
         support, query = Path(options.support), Path(options.query)
         # What is wrong with the folders shows before anything is loaded.
         support_files(support)

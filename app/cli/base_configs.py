@@ -39,8 +39,6 @@ def _whole_text(given: str) -> str:
         content = _load(path) if path.is_file() else None
     except (OSError, ValueError):  # too long for a name: a configuration's own text
         return given
-    except ConfigError:
-        return given  # the parser says what is wrong with it
     return yaml.safe_dump(whole(path)) if isinstance(content, dict) and BASE in content else given
 
 

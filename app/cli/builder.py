@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shlex
@@ -18,12 +19,13 @@ import yaml
 from jsonargparse.typing import NonNegativeInt
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from app.cli.base_configs import with_bases
+from app.cli.failures import configuration, one_line_errors, refusal, refuse_nulls
 from app.cli.precision import instead_of
-from app.cli.suggestions import Parser, one_line_errors
+from app.cli.suggestions import Parser
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
@@ -37,7 +39,7 @@ from app.runs.results import print_results, results, write_results
 from app.runs.resume import cosine_shorter_than, reconcile
 from app.runs.stopwatch import Stopwatch
 from datamodules.core.base import EpisodicDataModule
-from datamodules.core.errors import ConfigError, DataError
+from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO
 from models.core.learner import MetaLearner
@@ -128,9 +130,12 @@ class MetaboltCLI(LightningCLI):
         parser.add_argument(
             "--pictures", type=bool, default=True, help="Draw at validations and after the test; false for sweeps."
         )
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning where a caller gives the arguments
+        configuration.set(self.config)
+        refuse_nulls(self.config)
 
     def setting(self, name: str) -> Any:
         return self._get(self.config_init, name)
@@ -143,18 +148,17 @@ class MetaboltCLI(LightningCLI):
     def yaml(self) -> str:
         """The complete configuration, which runs again as it is."""
         config = self.config.clone()
-        for key in ("config", "ckpt_path", *(["stage"] if self.learns else [])):
+        for key in ("config", "ckpt_path", "debug", *(["stage"] if self.learns else [])):
             config.pop(key, None)
         return self.parser.dump(config, skip_none=False)
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as error:
-            root: BaseException = error  # the parser wraps what a constructor says in an account of all it tried
-            while isinstance(root.__cause__, (ValueError, MisconfigurationException, DataError)):
-                root = root.__cause__
-            raise ConfigError(" ".join(str(root).split())) from error
+        except Exception as error:
+            if (refused := refusal(error, self.config)) is error:
+                raise
+            raise refused from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         learner, data = self.model, self.datamodule
@@ -168,11 +172,13 @@ class MetaboltCLI(LightningCLI):
         kind = KINDS[data.kind]
         headline = kind.metrics[kind.headline]
         trainer_settings = self._get(self.config_init, "trainer")
+        devices, most = str(trainer_settings.get("devices")), 1024
+        if devices.isdecimal() and int(devices) > most:  # Lightning makes a list of them first
+            raise ConfigError(f"trainer.devices is {devices}, but a machine has no more than {most}: give fewer")
         own: list[pl.Callback] = [RunFiles(self)]
         self.stopwatch = Stopwatch()
         refuse_ignored(trainer_settings)
-        given = trainer_settings.get("callbacks") or []
-        given = given if isinstance(given, list) else [given]
+        given = as_list(trainer_settings.get("callbacks"))
         own_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if trainer_settings.get("enable_progress_bar") is not False and not own_bar:
             own.append(TaskProgress(kind.headline, headline))
@@ -183,6 +189,7 @@ class MetaboltCLI(LightningCLI):
                 own.append(BestCheckpoint(folder, f"val/{kind.headline}", headline.better))
             # After all others: what it saves has the state that a validation left them in.
             own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
+        plugins = as_list(trainer_settings.get("plugins"))
         loggers: list[Any] = [] if trainer_settings.get("fast_dev_run") else self.loggers(own)
         logger = trainer_settings.get("logger")
         if logger is False:
@@ -201,7 +208,7 @@ class MetaboltCLI(LightningCLI):
             callbacks=[*given, *own],
             logger=loggers or False,
             default_root_dir=str(self.run_dir),
-            plugins=[*(trainer_settings.get("plugins") or []), AtomicCheckpointIO()],
+            plugins=[*plugins, AtomicCheckpointIO()],
         )
         self._check(trainer)
         return trainer
@@ -232,7 +239,7 @@ class MetaboltCLI(LightningCLI):
         if own and not self.model.automatic_optimization:
             raise ConfigError(
                 f"{type(self.model).__name__} takes several steps of its own in a meta-update: leave out "
-                "--trainer.gradient_clip_val and accumulate_grad_batches, and clip by --model.init_args.max_grad_norm"
+                f"--trainer.gradient_clip_val and accumulate_grad_batches{clip_instead(self.model)}"
             )
         if str(trainer_settings.get("precision")) in ("16", "16-mixed") and not self.model.automatic_optimization:
             raise ConfigError(
@@ -252,7 +259,10 @@ class MetaboltCLI(LightningCLI):
                     f"the model's head has {outputs} outputs but training tasks have {ways} ways: "
                     f"give --model.init_args.outputs {ways}"
                 )
-        every, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+        if (steps := trainer.log_every_n_steps) < 1:
+            raise ConfigError(f"trainer.log_every_n_steps is {steps} but must be at least 1: leave it out for 50")
+        # By the clock ("00:01:00:00") there is no such number.
+        every, accumulate = getattr(trainer, "val_check_interval", None), trainer.accumulate_grad_batches
         if isinstance(every, int) and every % accumulate:
             raise ConfigError(
                 f"validation every {every} meta-batches would fall within an accumulation of {accumulate}: make "
@@ -279,6 +289,17 @@ def refuse_ignored(trainer: Any) -> None:
             "every meta-batch has tasks of its own: to overfit few, give --data.init_args.train_tasks, where the data "
             "has it, in place of --trainer.overfit_batches"
         )
+
+
+def as_list(given: Any) -> list[Any]:
+    """What a setting of the Trainer holds that takes several, one or none."""
+    return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+
+
+def clip_instead(learner: MetaLearner) -> str:
+    """How a learner that steps by itself clips gradients, as the end of a sentence; nothing where it does not."""
+    own = "max_grad_norm" in inspect.signature(type(learner).__init__).parameters
+    return ", and clip by --model.init_args.max_grad_norm" if own else ""
 
 
 class RunFiles(pl.Callback):
@@ -351,10 +372,13 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
     content = results(cli.model, cli.datamodule, facts)
     if not cli.trainer.fast_dev_run:
         write_results(content, cli.run_dir / RESULTS)
-    again = shlex.join(["python", "train.py", "--config", f"{cli.run_dir}/config.yaml", "--stage", "test"])
-    hints = [f"again: {again}"]
+    config = cli.run_dir / "config.yaml"  # not there after a test of what was never trained
+    again = shlex.join(["python", "train.py", "--config", str(config), "--stage", "test"])
+    hints = [f"again: {again}"] if config.is_file() else []
     hints += [hint for logger in cli.trainer.loggers if isinstance(logger, WandbRun) for hint in logger.hints()]
-    print_results(content, as_results(cli.model.all_metrics()), cli.run_dir, hints)
+    print_results(
+        content, as_results(cli.model.all_metrics()), None if cli.trainer.fast_dev_run else cli.run_dir, hints
+    )
 
 
 def run(cli: MetaboltCLI) -> None:
@@ -407,7 +431,7 @@ def main(args: Sequence[str] | None = None) -> None:
     quiet_lightning()
     cli = None
     try:
-        with one_line_errors():
+        with one_line_errors("--debug" in (sys.argv[1:] if args is None else args)):
             cli = MetaboltCLI(args, runs=True)
             run(cli)
     except SIGTERMException:

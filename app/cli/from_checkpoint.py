@@ -58,6 +58,7 @@ class Options(argparse.ArgumentParser):
         what = "The checkpoint: runs/<name>/checkpoints/best.ckpt" + ("; several are compared." if several else ".")
         self.add_argument("--ckpt_path", required=True, nargs="+" if several else None, help=what)
         self.add_argument("--out", help="Folder for what is written; by default one of its own in the run's folder.")
+        self.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
         self.add_argument("--batch_norm", choices=get_args(BatchNormMode), help="What normalises a query.")
         self.add_argument("--inner_steps", type=int, help="Steps of the inner loop.")
         self.add_argument(

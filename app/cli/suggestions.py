@@ -6,16 +6,24 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
+import pytorch_lightning as pl
+import torch
 from pytorch_lightning.cli import LightningArgumentParser
 
 import datamodules
 import models
-from datamodules.core.errors import ConfigError, DataError
 from models.generative.adversary import GAN
+
+_UNKNOWN_CLASS = re.compile(
+    r"Expected a dot import path string: (?P<short>[A-Za-z_]\w*)(?= |$)"
+    r"|module '(?P<module>(?:torch|pytorch_lightning|models|datamodules)[\w.]*)' has no attribute '(?P<name>\w+)'"
+)
+_NO_TYPE_FITS = re.compile(
+    r'Parser key "(?P<key>[\w.]+)":.*?Does not validate against any of the Union subtypes Subtypes: .*? '
+    r"Errors: (?P<errors>.*) Given value type: .*? Given value: (?P<value>.*)"
+)
 
 
 class Parser(LightningArgumentParser):
@@ -48,6 +56,18 @@ def valid_names(parser: LightningArgumentParser) -> list[str]:
     return sorted(set(names))
 
 
+def known_classes() -> list[str]:
+    """Paths of what a configuration names: this project's classes, optimizers, schedulers, Lightning's callbacks."""
+    libraries = (torch.optim, torch.optim.lr_scheduler, pl.callbacks)
+    others = [
+        f"{library.__name__}.{name}"
+        for library in libraries
+        for name, found in vars(library).items()
+        if inspect.isclass(found) and name[0].isupper()
+    ]
+    return others + [f"datamodules.{c}" for c in datamodules.__all__] + [f"models.{c}" for c in models.__all__]
+
+
 def explain(parser: LightningArgumentParser, message: str) -> str:
     """One line out of the parser's message; an unknown key or class is followed by the nearest valid one."""
     text = " ".join(message.split())
@@ -56,6 +76,12 @@ def explain(parser: LightningArgumentParser, message: str) -> str:
         if found[1] not in classes:
             near = difflib.get_close_matches(found[1], classes, 1, 0.4)
             return f"unknown class {found[1]!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    if found := _UNKNOWN_CLASS.search(text):
+        given = found["short"] or f"{found['module']}.{found['name']}"
+        known = {path.rsplit(".", 1)[-1].lower(): path for path in known_classes()}
+        near = difflib.get_close_matches(given.rsplit(".", 1)[-1].lower(), list(known), 1, 0.6)
+        if near:
+            return f"unknown class {given!r}: did you mean {known[near[0]]!r}?"
     names = valid_names(parser)
     if found := re.search(r"unrecognized arguments: --([\w.]+)", text):
         near = difflib.get_close_matches(found[1], names, 1, 0.7)
@@ -68,14 +94,8 @@ def explain(parser: LightningArgumentParser, message: str) -> str:
         by_leaf = {n.rsplit(".", 1)[-1]: n for n in sorted(inside, key=lambda n: n.count("."))}
         near = difflib.get_close_matches(found["key"].rsplit(".", 1)[-1], list(by_leaf), 1, 0.5)
         return f"unknown key {found['key']!r}" + (f": did you mean {by_leaf[near[0]]!r}?" if near else "")
+    if found := _NO_TYPE_FITS.search(text):
+        wanted = "; or ".join(dict.fromkeys(part.strip("- ") for part in f" {found['errors']}".split(" - ") if part))
+        value = re.sub(r"^NestedArg\(key='(\w+)', val=(.*)\)$", r"\1 \2", found["value"])  # the parser's own word
+        text = f"{found['key']} is {value}: {wanted}"
     return text if len(text) <= 300 else text[:300] + " …"
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What the user can mend ends the process with one line and exit code 2."""
-    try:
-        yield
-    except (ConfigError, DataError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)

@@ -114,10 +114,12 @@ class LastCheckpoint(Checkpoint):
     def _refuse_divergence(self, trainer: pl.Trainer) -> None:
         lost = [name for name, p in trainer.lightning_module.named_parameters() if not p.isfinite().all()]
         if lost:
+            by_itself = not trainer.lightning_module.automatic_optimization
+            clip = "--model.init_args.max_grad_norm" if by_itself else "--trainer.gradient_clip_val 1"
             saved = f"{self.path} is from before" if self._saved_at > 0 else "nothing was saved yet"
             raise ConfigError(
                 f"meta-training diverged: {lost[0]} is not finite after {trainer.global_step} meta-updates ({saved}): "
-                "lower the rates, or clip gradients with --trainer.gradient_clip_val 1"
+                f"lower the rates, or clip gradients with {clip}"
             )
 
     def _stop_requested(self, trainer: pl.Trainer) -> bool:

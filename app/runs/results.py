@@ -86,11 +86,11 @@ def write_results(content: dict[str, Any], path: Path) -> None:
 def print_results(
     content: dict[str, Any],
     declared: Mapping[str, Metric],
-    folder: Path,
+    folder: Path | None,
     hints: list[str],
     console: Console | None = None,
 ) -> None:
-    """The closing table: metrics with their intervals, where the run is, how to look at it."""
+    """The closing table: metrics with their intervals, where the run is (None: nowhere), how to look at it."""
     console = console or Console()
     shape = shape_text(content)
     what = f"{content['algorithm']} on {content['data']}{', ' if shape else ''}{shape}"
@@ -108,6 +108,7 @@ def print_results(
         )
     console.print(table)
     console.print(f"batch norm: {content['batch_norm'] or 'the network has none'}", highlight=False)
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    if folder is not None:
+        console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     for hint in hints:
         console.print(hint, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,8 +11,12 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from datamodules.core.episodes import Episodes, EvaluationTasks, TaskDistribution, TrainingTasks, episode_loader
-from datamodules.core.errors import at_least
+from datamodules.core.errors import DataError, at_least
 from datamodules.core.metric import Metric
+from datamodules.core.runtime import memory_of_the_machine
+
+MANY = 10_000  # tasks of a meta-batch, from which on it is asked whether memory holds them
+LISTED = 40  # bytes of a task's number in a list
 
 
 class EpisodicDataModule(LightningDataModule):
@@ -40,6 +45,8 @@ class EpisodicDataModule(LightningDataModule):
             eval_batch_size=eval_batch_size,
         )
         at_least(0, workers=workers)
+        if workers > (most := 16 * (os.cpu_count() or 1)):
+            raise ValueError(f"workers is {workers} but this machine has {os.cpu_count()} cores: {most} are too many")
         self.meta_batch_size = meta_batch_size
         self.val_tasks = val_tasks
         self.test_tasks = test_tasks
@@ -104,6 +111,7 @@ class EpisodicDataModule(LightningDataModule):
         self._before = {**state_dict, "next": following}
 
     def train_dataloader(self) -> DataLoader:
+        self._refuse_too_many("train", self.meta_batch_size)
         sampler = TrainingTasks(self.meta_batch_size, *self._rank, self.next_task)
         return self._loader("train", sampler, self.meta_batch_size)
 
@@ -114,7 +122,26 @@ class EpisodicDataModule(LightningDataModule):
         return self._evaluation_loader("test", self.test_tasks)
 
     def _evaluation_loader(self, split: str, tasks: int) -> DataLoader:
+        self._refuse_too_many(split, min(self.eval_batch_size, tasks))
         return self._loader(split, EvaluationTasks(tasks, self.eval_batch_size, *self._rank), self.eval_batch_size)
+
+    def _refuse_too_many(self, split: str, tasks: int) -> None:
+        """Refuse meta-batches that the machine cannot hold, which would end in a kill or after minutes.
+
+        Raises:
+            DataError: naming the setting.
+        """
+        if tasks < MANY:
+            return
+        sizes = [0]
+        self.distribution(split).sample([0]).apply(lambda tensor: (sizes.append(tensor.nbytes), tensor)[1])
+        need, most = tasks * (sum(sizes) + LISTED), memory_of_the_machine()
+        if need > most / 2:
+            name = "meta_batch_size" if split == "train" else "eval_batch_size"
+            raise DataError(
+                f"{name} is {tasks}, which takes {need / 2**30:.0f} GiB of memory and the machine has "
+                f"{most / 2**30:.0f}: lower --data.init_args.{name}"
+            )
 
     def _loader(self, split: str, sampler, meta_batch: int) -> DataLoader:
         return episode_loader(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 import urllib.error
@@ -60,9 +61,12 @@ def download(urls: Sequence[str], path: Path, md5: str) -> Path:
         DownloadError: no mirror gave it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part, lock = path.with_name(path.name + ".part"), path.with_name(path.name + ".lock")
+    for place in (path, part, lock):
+        if _irregular(place):  # a pipe would be waited at for ever
+            raise DownloadError(f"cannot download {path.name}: {place} is no regular file")
     reasons = []
-    with _alone(path.with_name(path.name + ".lock")):
+    with _alone(lock):
         if path.exists():  # fetched while this process waited
             return path
         for url in urls:
@@ -122,6 +126,13 @@ def _transfer(url: str, part: Path) -> str:
                 bar.advance(shown, len(block))
     # A connection that the server closes early looks like the end of the file.
     return f"the transfer stopped after {_size(part)} of {total} bytes" if total and _size(part) < total else ""
+
+
+def _irregular(place: Path) -> bool:
+    try:
+        return not stat.S_ISREG(place.stat().st_mode)
+    except OSError:  # not there; another process may have removed it just now
+        return False
 
 
 def _size(part: Path) -> int:

@@ -61,6 +61,20 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def memory_of_the_machine() -> int:
+    """Bytes of memory and swap, or those that the process's control group may take; of Linux, elsewhere 2**63."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        most = sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:")))
+    except OSError:
+        return 2**63
+    try:
+        group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return most
+    return min(most, int(group)) if group.isdigit() else most
+
+
 def prepare() -> None:
     """Run both; calling it again changes nothing."""
     declare_torchvision_operators()

@@ -59,6 +59,8 @@ def load_or_build(path: Path, key: dict[str, Any], build: Callable[[], ImageClas
 
 
 def _read(path: Path, key: dict[str, Any]) -> ImageClasses:
+    if path.exists() and not path.is_file():  # a pipe would be waited at
+        raise _UnusableError("it is no regular file")
     data = np.fromfile(path, np.uint8)
     seal, body = data[:_SEAL].tobytes(), data[_SEAL:]
     if not seal.startswith(_FORMAT + b" "):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import lzma
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageFile
 
@@ -14,6 +19,12 @@ SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".jp2"),
     *(".pgm", ".ppm", ".pbm", ".pnm", ".tga", ".ico"),
 }
+
+# What Pillow, zipfile and what they rest on raise for a file that is damaged, hostile or of a kind they do not know.
+UNREADABLE = (
+    *(OSError, EOFError, SyntaxError, ValueError, RuntimeError, OverflowError, MemoryError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, Image.DecompressionBombError),
+)
 
 
 def visible(folder: Path) -> list[Path]:
@@ -38,15 +49,22 @@ def below(folder: Path, entered: frozenset[tuple[int, int]] = frozenset()) -> It
             yield entry
 
 
-def open_picture(file: Path) -> Image.Image:
-    """A file opened as a picture, of which the header alone is read.
+def open_regular(file: Path) -> BinaryIO:
+    """A file opened for reading.
 
     Raises:
-        OSError: it is no regular file (opening a pipe would wait for ever), cannot be read or is no picture.
+        OSError: it is no regular file (opening a pipe would wait for ever), or cannot be read.
     """
     if file.exists() and not file.is_file():
-        raise OSError(f"it is no regular file: {os.fspath(file)}")
-    return Image.open(file)
+        raise OSError("it is no regular file")
+    return open(file, "rb")
+
+
+@contextmanager
+def open_picture(file: Path) -> Iterator[Image.Image]:
+    """A file opened as a picture, of which the header alone is read; errors are among UNREADABLE."""
+    with open_regular(file) as stream, Image.open(stream) as image:
+        yield image
 
 
 def is_picture(file: Path) -> bool:
@@ -58,5 +76,5 @@ def is_picture(file: Path) -> bool:
     try:
         with open_picture(file) as image:
             return not isinstance(image, ImageFile.StubImageFile)  # data that another program draws
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except UNREADABLE:
         return False

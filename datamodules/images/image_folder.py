@@ -20,7 +20,7 @@ from datamodules.core.download import writable_folder
 from datamodules.core.errors import DataError, at_least
 from datamodules.core.streams import SPLITS
 from datamodules.images.cache import load_or_build
-from datamodules.images.files import below, is_picture, open_picture, visible
+from datamodules.images.files import UNREADABLE, below, is_picture, open_picture, visible
 from datamodules.images.preprocessing import upright
 from datamodules.images.tasks import ImageClasses, ImageDataModule, refuse_overlap, shuffled
 
@@ -192,7 +192,7 @@ class ImageFolder(ImageDataModule):
                 # A large JPEG is decoded at a fraction of its size, still twice the one asked for or more.
                 image.draft(None, (2 * self.size, 2 * self.size))
                 return self.to_store(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+        except UNREADABLE as error:
             raise DataError(f"{file} cannot be read ({error}): replace or remove it") from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from datamodules.core.download import DownloadError, download, writable_folder
 from datamodules.core.errors import DataError
 from datamodules.core.streams import SPLITS
 from datamodules.images.cache import load_or_build
+from datamodules.images.files import UNREADABLE, open_regular
 from datamodules.images.preprocessing import ink, ink_form
 from datamodules.images.tasks import ImageClasses, ImageDataModule, Rotations, refuse_overlap, shuffled
 
@@ -123,6 +123,7 @@ HELD_OUT = VINYALS_VAL
 SMALL = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")
 
 _DRAWING = re.compile(r"(^|/)[^/]+/character\d+/\d+_\d+\.png$")
+LARGEST = 1 << 20  # bytes of a drawing's file; the published ones have some 200
 _CURE = "remove it, and a run downloads the data again"
 
 
@@ -323,10 +324,12 @@ def _members(source: Path) -> list[str]:
     try:
         if source.is_dir():
             files = [file.relative_to(source).as_posix() for file in source.rglob("*.png")]
-        else:
+        elif source.is_file():  # a pipe would be waited at for ever
             with zipfile.ZipFile(source) as archive:
                 files = archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+        else:
+            return []
+    except UNREADABLE:
         return []
     return sorted((f for f in files if _DRAWING.search(f)), key=lambda f: f.split("/")[-3:])
 
@@ -336,7 +339,12 @@ def _drawings(source: Path, files: Sequence[str]) -> Iterator[np.ndarray]:
     with zipfile.ZipFile(source) if source.is_file() else nullcontext() as archive:
         for file in files:
             try:
-                drawing = _resized(archive.read(file) if archive else (source / file).read_bytes())
-            except (OSError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
-                raise DataError(f"{file} in {source} is damaged ({error}); {_CURE}") from error
+                with archive.open(file) if archive else open_regular(source / file) as stream:
+                    content = stream.read(LARGEST + 1)
+                if len(content) > LARGEST:
+                    raise ValueError(f"it is larger than {LARGEST} bytes, which no drawing is")
+                drawing = _resized(content)
+            except UNREADABLE as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise DataError(f"{file} in {source} is damaged ({reason}); {_CURE}") from error
             yield drawing

@@ -32,6 +32,10 @@ def error(capsys, *args: str) -> str:
         (("--model.backbone.hiden", "4"), "'model.init_args.backbone.init_args.hidden'"),
         (("--model", "models.MALM"), "'models.MAML'"),
         (("--data", "datamodules.Omniglott"), "'datamodules.Omniglot'"),
+        (("--data", "Omniglott"), "'datamodules.Omniglot'"),
+        (("--model", "Protonet"), "'models.ProtoNet'"),
+        (("--model.backbone", "Conf4"), "'models.Conv4'"),
+        (("--model.optimizer", "torch.optim.Addam"), "'torch.optim.Adam'"),
     ],
 )
 def test_unknown_key_names_the_nearest(flags, expected, capsys, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image
 from datamodules.core.errors import DataError
 from datamodules.core.streams import SPLITS
 from datamodules.images import omniglot
-from datamodules.images.omniglot import HELD_OUT, SMALL, Omniglot
+from datamodules.images.omniglot import HELD_OUT, SIZE, SMALL, Omniglot
 from datamodules.images.tasks import ImageDataModule
 from tests.support.fixtures import CHARACTERS, DRAWERS, dead_address, drawing, fake_omniglot, mirror, real_data
 
@@ -279,6 +280,68 @@ def test_damaged_drawing_is_named(tmp_path: Path, extracted: bool) -> None:
         archive.write_bytes(content)
     name = Path(member.filename).name
     with pytest.raises(DataError, match=rf"{name} in .*images_evaluation.* is damaged \(.*\); remove it"):
+        fake(root=str(tmp_path)).prepare_data()
+
+
+def _png(*chunks: tuple[bytes, bytes]) -> bytes:
+    pack = lambda kind, data: len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")  # noqa: E731
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pack(*chunk) for chunk in chunks)
+
+
+def _header(side: int) -> tuple[bytes, bytes]:
+    return b"IHDR", side.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
+
+
+HOSTILE = {
+    "encrypted": None,
+    "unknown compression": None,
+    "zeros": bytes(1 << 26),
+    "many pixels": _png(_header(60_000), (b"IDAT", zlib.compress(bytes(1000)))),
+    "long text": _png(_header(105), (b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 26))), (b"IDAT", b"")),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), list(zip(HOSTILE, ["encrypted", "", "larger than", "bomb", "large"], strict=True))
+)
+def test_hostile_member_is_named(tmp_path: Path, kind: str, reason: str) -> None:
+    """A member with a password, of a compression that Python lacks, or that unpacks to gigabytes of zeros, pixels or
+    text, which ends in a traceback or takes all memory."""
+    fake = fake_omniglot(tmp_path)
+    archive = tmp_path / "images_evaluation.zip"
+    with zipfile.ZipFile(archive) as whole:
+        contents = {name: whole.read(name) for name in whole.namelist()}
+    name = next(n for n in contents if "Kannada/character05" in n and "MACOSX" not in n)
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as whole:
+        for member, content in contents.items():
+            whole.writestr(member, HOSTILE[kind] or content if member == name else content)
+        local = whole.getinfo(name).header_offset
+    if HOSTILE[kind] is None:
+        raw = bytearray(archive.read_bytes())
+        central = raw.rindex(name.encode(), 0, raw.rindex(b"PK\x05\x06")) - 46
+        shift, value = (0, 1) if kind == "encrypted" else (2, 97)
+        raw[local + 6 + shift], raw[central + 8 + shift] = value, value
+        archive.write_bytes(raw)
+    with pytest.raises(DataError, match=rf"{Path(name).name} in .* is damaged \(.*{reason}.*\); remove it") as caught:
+        fake(root=str(tmp_path)).prepare_data()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_no_archive(tmp_path: Path) -> None:
+    """A named pipe in the place of an archive, of its lock or of the cache, at which a run waits for ever."""
+    fake = fake_omniglot(tmp_path)
+    (tmp_path / "omniglot").mkdir()
+    os.mkfifo(tmp_path / "omniglot" / f"omniglot-{SIZE}.bin")
+    fake(root=str(tmp_path)).prepare_data()  # built again
+    archive = tmp_path / "images_evaluation.zip"
+    (tmp_path / "omniglot" / f"omniglot-{SIZE}.bin").unlink()
+    archive.unlink()
+    os.mkfifo(archive)
+    with pytest.raises(DataError, match=r"images_evaluation\.zip is no complete copy"):
+        fake(root=str(tmp_path)).prepare_data()
+    archive.unlink()
+    os.mkfifo(tmp_path / "omniglot" / "images_evaluation.zip.lock")
+    with pytest.raises(DataError, match=r"images_evaluation\.zip\.lock is no regular file"):
         fake(root=str(tmp_path)).prepare_data()
 
 

@@ -121,7 +121,7 @@ def test_the_relation_module_is_normalised_by_the_support_set_too(batch_norm):
             z = learner.embed(support.x)
             mean, _ = learner.adapt(support).statistics[learner.relation.norms[0], 0]
             maps = z.view(6, 4, 4, 4)
-            of_class = torch.stack([maps[support.y == k].sum(0) for k in range(3)])
+            of_class = torch.stack([learner.shots * maps[support.y == k].mean(0) for k in range(3)])
             pairs = [torch.cat([c, m]) for m in maps for c in of_class]
             conv = learner.relation.convs[0]
             convolved = F.conv2d(torch.stack(pairs), conv.weight, conv.bias, padding=1)

@@ -1,0 +1,305 @@
+"""What ends a command: one line, which names the setting and the cure, or which says that the program is at fault."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from datamodules.core.download import DownloadError
+from datamodules.core.errors import ConfigError, DataError
+from datamodules.core.runtime import memory_of_the_machine
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# The complete configuration of the command that runs, by which an error is traced to a setting.
+configuration: ContextVar[Any] = ContextVar("configuration", default=None)
+
+# Never what the user can mend by a setting, when nobody refuses deliberately.
+_NO_MEMORY = re.compile(
+    r"can't allocate|not enough memory|out of memory|[Uu]nable to allocate|Storage size calculation overflowed|"
+    r"numel: integer multiplication overflow|array is too big|Maximum allowed|Cannot allocate memory"
+)
+# Of settings that say how long a run is, not how much of it is in memory at once.
+_LENGTHS = re.compile(r"seed|steps|epochs|(val|test)_tasks|interval|checkpoint_every|horizon")
+
+
+@contextmanager
+def one_line_errors(debug: bool = False) -> Iterator[None]:
+    """Ends the process with one line: exit code 2 for what the user can mend, 1 for an error of the program.
+
+    Interruptions and exits pass. While it lasts, the process may take no more memory than the machine has, so that what
+    does not fit is an error of its own and not a kill by the system.
+
+    Args:
+        debug: the traceback comes first.
+    """
+    token = configuration.set(None)
+    try:
+        with _no_more_memory_than_there_is():
+            yield
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        line, code = told(error, configuration.get())
+        sys.stderr.write(f"error: {_line(line, 2000)}\n")
+        sys.exit(code)
+    finally:
+        configuration.reset(token)
+
+
+def told(error: Exception, config: Any = None) -> tuple[str, int]:
+    """The line for an error, and the exit code."""
+    refused = refusal(error, config)
+    if isinstance(refused, ConfigError):
+        return str(refused), 2
+    frame = _frames(refused)[-1] if _frames(refused) else None
+    where = f" in {Path(frame[0].f_code.co_filename).name}:{frame[1]}" if frame else ""
+    text = f"{type(refused).__name__}{where}: {_line(str(refused))}"
+    return f"internal error ({text}): run again with --debug for the traceback, and please report it", 1
+
+
+def refusal(error: Exception, config: Any = None) -> Exception:
+    """A ConfigError for what the user can mend, which names the setting; any other error as it is.
+
+    Args:
+        error: anything that was raised.
+        config: the complete configuration, in which the setting is looked for.
+    """
+    while isinstance(error.__cause__, Exception) and not isinstance(error, (ConfigError, DataError)):
+        error = error.__cause__  # the parser wraps what a constructor says in an account of all that it tried
+    if isinstance(error, (ConfigError, DataError, DownloadError)):
+        return ConfigError(str(error))
+    if not _mendable(error):
+        return error
+    settings = dict(_flat(config)) if config is not None else {}
+    key, text = _setting(error, settings), _line(str(error)) or type(error).__name__
+    told = f"{key} is {_line(str(settings[key]), 60)}: " if key in settings else f"{key}: " if key else ""
+    if isinstance(error, UnicodeError):
+        text, cure = f"a file is not UTF-8 text ({text})", "save it as UTF-8"
+    elif isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        text, cure = f"{place}{error.strerror or text}", "give another path, or make it usable"
+    elif _out_of_memory(error):
+        told = f"{key} is {_line(str(settings[key]), 60)}: " if (key := _largest(settings)) else ""
+        text, cure = f"not enough memory ({text})", "lower it" if key else "give smaller settings"
+    elif isinstance(error, ImportError):
+        cure = "install what is missing, or leave it out"
+    elif key and key.split(".")[-1] not in text:
+        cure = "give another value, or leave it out"
+    else:
+        cure = ""
+    return ConfigError(told + text + (f": {cure}" if cure else ""))
+
+
+def _mendable(error: Exception) -> bool:
+    """Whether settings, files or the machine are the reason, and not an error in the program."""
+    frames = _frames(error)
+    if isinstance(error, ImportError):
+        return (error.name or "").split(".")[0] not in ("app", "models", "datamodules")
+    if isinstance(error, (MisconfigurationException, OSError, UnicodeError)) or _out_of_memory(error):
+        return True
+    if _refusing(frames):
+        return True
+    if not frames or not linecache.getline(frames[-1][0].f_code.co_filename, frames[-1][1]).strip().startswith("raise"):
+        return False
+    deep = frames[-1][0].f_code.co_filename
+    if isinstance(error, (ValueError, OverflowError)):
+        return True
+    by_library = any(f"{part}/" in deep for part in ("pytorch_lightning", "lightning_fabric", "torch/optim"))
+    state = "state_dict" in str(error) and isinstance(error, (RuntimeError, KeyError))
+    return state or (by_library and isinstance(error, (RuntimeError, TypeError, KeyError, AttributeError)))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, ValueError, OverflowError)) and bool(_NO_MEMORY.search(str(error)))
+
+
+def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    """The frames of a traceback with their lines, the innermost last."""
+    return list(traceback.walk_tb(error.__traceback__))
+
+
+def _refusing(frames: list[tuple[FrameType, int]]) -> bool:
+    """Whether a library's constructor, optimizer or scheduler fails by itself, with whatever error comes first.
+
+    An optimizer also calls the training step, whose errors are not its own.
+    """
+    for frame, _ in reversed(frames):
+        if "site-packages" not in frame.f_code.co_filename:
+            return False
+        if _built(frame) is not None:
+            return True
+    return False
+
+
+def _built(frame: FrameType) -> type | None:
+    """The class that a constructor's frame builds, and which a configuration may name.
+
+    Of optimizers and schedulers any of their methods: they take settings as they are and fail when they use them.
+    """
+    made = frame.f_locals.get("self")
+    steps = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    built = frame.f_code.co_name == "__init__" and isinstance(made, (pl.Trainer, pl.Callback, torch.nn.Module))
+    return type(made) if built or isinstance(made, steps) else None
+
+
+def _setting(error: Exception, settings: dict[str, Any]) -> str | None:
+    """The key that an error speaks of, or the part of the configuration whose constructor raised it."""
+    part = None
+    for frame, _ in reversed(_frames(error)):
+        if (built := _built(frame)) is None:
+            continue
+        if issubclass(built, pl.Trainer):
+            part = "trainer"
+            break
+        names = {cls.__name__ for cls in built.__mro__}
+        of = [k for k, v in settings.items() if k.endswith(".class_path") and str(v).rsplit(".", 1)[-1] in names]
+        if of:
+            part = of[-1].removesuffix(".class_path")
+            break
+    inside = {k: v for k, v in settings.items() if part is None or k.startswith(part + ".")}
+    text = str(error)
+    path = str(error.filename) if isinstance(error, OSError) and error.filename else None
+    if path:
+        found = [k for k, v in inside.items() if isinstance(v, (str, Path)) and str(v) and path.startswith(str(v))]
+    else:
+        words = set(re.findall(r"\w+", text))
+        words |= {word + "s" for word in words}  # "Invalid beta parameter" is of betas
+        found = [k for k, v in inside.items() if (leaf := k.rsplit(".", 1)[-1]) in words and len(leaf) > 2]
+        found = [k for k in found if inside[k] is not None] or found
+        if part is None:  # words such as "name" are in many a message
+            found = [k for k in found if "_" in k.rsplit(".", 1)[-1]]
+        if not found:
+            found = [k for k, v in inside.items() if len(str(v)) > 2 and _mentions(text, str(v))]
+    return max(found, key=lambda k: (len(k.rsplit(".", 1)[-1]), k)) if found else part
+
+
+def _mentions(text: str, value: str) -> bool:
+    return value not in ("None", "True", "False") and bool(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text))
+
+
+def _largest(settings: dict[str, Any]) -> str | None:
+    """The key of the largest number that says how much is held at once; None where none is large."""
+    large = {}
+    for key, value in settings.items():
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
+        if numbers and not _LENGTHS.search(key.rsplit(".", 1)[-1]):
+            large[key] = max(map(abs, numbers))
+    key = max(large, key=large.__getitem__, default=None)
+    return key if key is not None and large[key] > 1000 else None
+
+
+def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values, those of lists of classes included."""
+    items = config.items() if isinstance(config, dict) else vars(config).items()
+    for key, value in items:
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) or (hasattr(value, "__dict__") and type(value).__name__ == "Namespace"):
+            yield from _flat(value, name + ".")
+        elif isinstance(value, list) and any(type(v).__name__ in ("Namespace", "dict") for v in value):
+            for i, one in enumerate(value):
+                yield from _flat({str(i): one}, name + ".")
+        else:
+            yield name, value
+
+
+def _line(text: str, most: int = 300) -> str:
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return text if len(text) <= most else text[:most] + " …"
+
+
+def refuse_nulls(config: Any) -> None:
+    """Refuse ``null`` for a setting whose type has no None; the parser lets it pass within classes.
+
+    Raises:
+        ConfigError: naming the setting, and its default.
+    """
+    settings = dict(_flat(config))
+    for key in [k for k, v in settings.items() if v is None]:
+        path, _, name = key.rpartition(".")
+        if path == "trainer":
+            owner: Any = pl.Trainer
+        elif path.endswith(".init_args"):
+            owner = _class(settings.get(path.removesuffix("init_args") + "class_path"))
+        else:
+            continue
+        parameter, hint = _parameter(owner, name) if owner is not None else (None, None)
+        if parameter is None or hint is None or parameter.default is None or _takes_none(hint):
+            continue
+        without = "" if parameter.default is parameter.empty else f", or leave it out for {parameter.default!r}"
+        raise ConfigError(f"{key} is null but must be {_name(hint)}: give a value{without}")
+
+
+def _class(path: Any) -> type | None:
+    from jsonargparse._util import import_object  # what the parser itself imports classes by
+
+    try:
+        found = import_object(path)
+        return found if inspect.isclass(found) else None
+    except (ImportError, ValueError, AttributeError, TypeError):
+        return None
+
+
+def _parameter(owner: type, name: str) -> tuple[inspect.Parameter | None, Any]:
+    """A parameter of a constructor, be it handed on to a base, and its resolved type."""
+    for base in inspect.getmro(owner):
+        if "__init__" not in vars(base):
+            continue
+        found = inspect.signature(base.__init__).parameters.get(name)
+        if found is not None:
+            try:
+                return found, typing.get_type_hints(base.__init__).get(name)
+            except (NameError, TypeError):
+                return found, None
+    return None, None
+
+
+def _takes_none(hint: Any) -> bool:
+    if hint in (None, type(None), Any):
+        return True
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_takes_none(one) for one in typing.get_args(hint))
+    return typing.get_origin(hint) is typing.Literal and None in typing.get_args(hint)
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+
+
+@contextmanager
+def _no_more_memory_than_there_is() -> Iterator[None]:
+    """Limits private memory to what there is: to take more fails at once, where Linux would promise it and kill later.
+
+    Not beside an accelerator, whose driver reserves more than it uses.
+    """
+    if resource is None or not sys.platform.startswith("linux") or torch.cuda.is_available():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = memory_of_the_machine()
+    bounded = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([most, *bounded]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
