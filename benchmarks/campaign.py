@@ -70,10 +70,8 @@ class Entry:
     @property
     def steps(self) -> int:
         """Meta-updates of the whole training."""
-        for flag, value in zip(self.flags, self.flags[1:], strict=False):
-            if flag == "--trainer.max_steps":
-                return int(value)
-        return int(self.settings["trainer"]["max_steps"])
+        given = [v for flag, v in zip(self.flags, self.flags[1:], strict=False) if flag == "--trainer.max_steps"]
+        return int(given[-1] if given else self.settings["trainer"]["max_steps"])
 
 
 @dataclass

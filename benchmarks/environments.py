@@ -344,6 +344,7 @@ def profile(flags: Sequence[str], quick: bool, seconds: float) -> dict[str, list
     own = ["--wandb", "off", "--pictures", "false", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
     own += ["--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "0"]
     own += ["--trainer.max_steps", "1000000", "--trainer.val_check_interval", "1000000"]
+    own += ["--model.init_args.scheduler", "null"]  # whose length it is not
     if quick:
         own += ["--data.meta_batch_size", "8"]
     with (

@@ -366,7 +366,7 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
         "seed_everything": cli.setting("seed_everything"),
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "meta_steps": cli.trainer.global_step,
-        "training": {name: round(value, 1) for name, value in cli.stopwatch.state_dict().items()},
+        "training": {name: round(value, 3) for name, value in cli.stopwatch.state_dict().items()},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     content = results(cli.model, cli.datamodule, facts)

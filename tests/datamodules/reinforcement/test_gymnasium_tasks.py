@@ -398,7 +398,10 @@ def test_a_missing_package_is_one_line(absent, monkeypatch, capsys):
         main([*CHEETAH, "--runs", "runs", *SMALL])
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: datamodules.half_cheetah_envs") and 'pip install "gymnasium[mujoco]"' in line
+    assert (
+        line.startswith("error: datamodules.reinforcement.half_cheetah_envs")
+        and 'pip install "gymnasium[mujoco]"' in line
+    )
 
 
 @pytest.mark.parametrize(
