@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 TEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check format bench campaign clean
+.PHONY: help setup train test test-all check format bench campaign docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ bench: $(VENV)/.ready  ## compare with learn2learn and gymnasium, iMAML with MAM
 
 campaign: $(VENV)/.ready  ## train the queue of long trainings, from where it was (ROOT=folder of Omniglot)
 	$(BIN)/python -m benchmarks.campaign --root $(or $(ROOT),data)
+
+docs: $(VENV)/.ready  ## make the tables of the docs out of docs/results/
+	$(BIN)/python -m benchmarks.tables
 
 clean:  ## remove the environment and caches, but no runs and no data
 	rm -rf $(VENV) .pytest_cache .ruff_cache
