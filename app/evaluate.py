@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from app.cli.builder import quiet_lightning
 from app.cli.failures import one_line_errors
-from app.cli.from_checkpoint import SHORT, FromCheckpoint, Options, Trained, fits, open_checkpoint, restore
+from app.cli.from_checkpoint import SHORT, FromCheckpoint, Options, Trained, open_checkpoint, restore
 from app.compare import comparison_dir, write_comparison
 from app.dashboard.callback import Dashboard
 from app.runs.directory import EVALUATIONS, TASKS_CSV, TASKS_NPZ, slug
@@ -31,6 +31,7 @@ from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS
 from models.core.metrics import as_results
+from models.core.shapes import fits
 
 
 class EvaluationCLI(FromCheckpoint):

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from app.cli.builder import quiet_lightning
 from app.cli.failures import one_line_errors
-from app.cli.from_checkpoint import FromCheckpoint, Options, Trained, fits, open_checkpoint, restore
+from app.cli.from_checkpoint import FromCheckpoint, Options, Trained, open_checkpoint, restore
 from app.runs.results import versions
 from datamodules.core.episodes import Support
 from datamodules.core.errors import ConfigError
@@ -36,6 +36,7 @@ from datamodules.core.files import write_atomically
 from datamodules.images.files import UNREADABLE, below, open_picture, visible
 from datamodules.images.tasks import ImageDataModule
 from models.core.learner import MetaLearner
+from models.core.shapes import fits
 
 QUERY_BATCH = 256
 ROWS = 100  # of the table on the screen; the files hold all

@@ -45,6 +45,7 @@ from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO
 from models.core.learner import MetaLearner
 from models.core.metrics import as_results
 from models.core.pretrained import load_pretrained
+from models.core.shapes import fits_task
 from models.core.task_kinds import KINDS
 
 Stage = Literal["fit", "validate", "test"]
@@ -334,6 +335,7 @@ class RunFiles(pl.Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         data, allowed = trainer.datamodule, self.cli.setting("allow_overlap")
+        fits_task(pl_module, data.on_device(data.distribution("train").sample([0])))
         self.trained |= of_backbones(pl_module)
         for split in () if allowed else ("val", "test"):
             refuse_leaks(self.trained, data, split, "the backbone, or an earlier part of the run,")
@@ -343,6 +345,7 @@ class RunFiles(pl.Callback):
         self.trained |= own
 
     def on_test_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        fits_task(pl_module, trainer.datamodule.on_device(trainer.datamodule.distribution("test").sample([0])))
         if not self.cli.setting("allow_overlap"):
             refuse_leaks(self.trained, trainer.datamodule, "test", "the learner, or its backbone,")
 

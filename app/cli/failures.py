@@ -35,7 +35,8 @@ configuration: ContextVar[Any] = ContextVar("configuration", default=None)
 # Never what the user can mend by a setting, when nobody refuses deliberately.
 _NO_MEMORY = re.compile(
     r"can't allocate|not enough memory|out of memory|[Uu]nable to allocate|Storage size calculation overflowed|"
-    r"numel: integer multiplication overflow|array is too big|Maximum allowed|Cannot allocate memory"
+    r"numel: integer multiplication overflow|Overflow when unpacking|array is too big|Maximum allowed|"
+    r"Cannot allocate memory"
 )
 # Of settings that say how long a run is, not how much of it is in memory at once.
 _LENGTHS = re.compile(r"seed|steps|epochs|(val|test)_tasks|interval|checkpoint_every|horizon")
@@ -131,7 +132,9 @@ def _mendable(error: Exception) -> bool:
 def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, (RuntimeError, ValueError, OverflowError)) and bool(_NO_MEMORY.search(str(error)))
+    return isinstance(error, (RuntimeError, ValueError, OverflowError, TypeError)) and bool(
+        _NO_MEMORY.search(str(error))
+    )
 
 
 def _frames(error: BaseException) -> list[tuple[FrameType, int]]:

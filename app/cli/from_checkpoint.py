@@ -12,17 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-import torch
 import yaml
-from torch import Tensor
-from torch.func import functional_call
 
 from app.cli.builder import MetaboltCLI
 from datamodules import DATA
 from datamodules.core.errors import ConfigError
 from models.core.checkpoint_io import CHECKPOINTS, load_checkpoint
 from models.core.learner import MetaLearner
-from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode
 
 # What of the training's Trainer concerns the metrics; the rest belongs to the machine and the length of that training.
@@ -141,33 +137,6 @@ def restore(learner: MetaLearner, trained: Trained) -> None:
         raise ConfigError(
             f"{trained.path} does not fit the model: {text[:200]} …; leave the network as it was trained"
         ) from error
-
-
-def fits(learner: torch.nn.Module, inputs: Tensor) -> None:
-    """See whether inputs (N, *input) go through the learner's backbone.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    backbone = next((m for m in learner.modules() if isinstance(m, Backbone)), None)
-    if backbone is None:
-        return
-    tensors = {
-        n: t[0] if backbone.particles else t for n, t in (*backbone.named_parameters(), *backbone.named_buffers())
-    }
-    like = next(backbone.parameters())
-    try:
-        with torch.no_grad():
-            features = functional_call(backbone, tensors, like.new_zeros(2, *inputs.shape[1:])).shape[1]
-    except RuntimeError:
-        features = None
-    # Another size may go through and give other features, which a learner without a head would take without a word.
-    if features != backbone.out_features:
-        its, wanted = ("×".join(map(str, shape)) for shape in (inputs.shape[1:], backbone.input_shape))
-        raise ConfigError(
-            f"the data's inputs are {its} but the network takes {wanted}: choose the data's settings accordingly, "
-            "for images --data.size and --data.channels"
-        )
 
 
 def find_class(class_path: str) -> type | None:

@@ -157,6 +157,18 @@ class MetaLearner(pl.LightningModule):
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         return F.mse_loss(prediction, target) if target.is_floating_point() else F.cross_entropy(prediction, target)
 
+    def support_loss(self, prediction: Tensor, support: Support) -> Tensor:
+        """``loss`` of predictions (S, …) for a support set, each of whose classes counts alike: shots are no prior.
+
+        With as many examples of each class it is the mean over examples.
+        """
+        if not support.ways:
+            return self.loss(prediction, support.y)
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        shots = support.members().sum(0).to(prediction.dtype)
+        share = len(support.y) / support.ways / shots[support.y]
+        return (F.cross_entropy(prediction, support.y, reduction="none") * share).mean()
+
     def map(self, function: Callable[[Task], Any], episodes: Episodes) -> Any:
         """``function`` of every task of a meta-batch; its tensors come back with a leading (T,)."""
 

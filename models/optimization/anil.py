@@ -62,7 +62,7 @@ class ANIL(GradientLearner):
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             weight, bias = parameters["head.weight"], parameters["head.bias"]
-            return self.loss(F.linear(features.to(weight.dtype), weight, bias), support.y)
+            return self.support_loss(F.linear(features.to(weight.dtype), weight, bias), support)
 
         path = sgd_path(support_loss, head, self.inner_rate, self.steps, self.first_order)
         for step, parameters in enumerate(path):

@@ -116,7 +116,7 @@ class IMAML(GradientLearner):
 
         def support_loss(parameters: Parameters) -> Tensor:
             outputs = call(self.learner, parameters | fixed, support.x, self.statistics_source)
-            return self.loss(outputs, support.y)
+            return self.support_loss(outputs, support)
 
         return self.learner.resize_head(start, support.ways), fixed, support_loss
 

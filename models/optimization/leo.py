@@ -157,7 +157,7 @@ class LEO(MetaLearner):
 
         def loss(parameters: Parameters, step: int) -> Tensor:
             weights = self.draw(self.decode(parameters["z"]))
-            return support.ways * self.loss(self.logits(x, weights), support.y)
+            return support.ways * self.support_loss(self.logits(x, weights), support)
 
         steps = self.inner_steps if self.training else self.eval_inner_steps
         for parameters in sgd_path(loss, {"z": z}, lambda step: {"z": self.inner_rate}, steps):
@@ -167,7 +167,7 @@ class LEO(MetaLearner):
         """The weights (ways, features) before the first step on them and after each one."""
 
         def loss(parameters: Parameters, step: int) -> Tensor:
-            return support.ways * self.loss(self.logits(x, parameters["w"]), support.y)
+            return support.ways * self.support_loss(self.logits(x, parameters["w"]), support)
 
         rate: Parameters = {"w": self.fine_tuning_rate}
         for parameters in sgd_path(loss, {"w": weights}, lambda step: rate, self.fine_tuning_steps):

@@ -102,7 +102,7 @@ class MAML(GradientLearner):
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             outputs = call(self.learner, parameters | fixed, support.x, self.statistics_source, step)
-            return self.loss(outputs, support.y)
+            return self.support_loss(outputs, support)
 
         rate = self.inner_rate if self.rates is None else self.rate
         first_order = self.first_order or self.meta_updates < self.first_order_updates

@@ -78,7 +78,7 @@ class MetaSGD(GradientLearner):
         rates = self.learner.resize_head({name: self.rates[name.replace(".", "_")] for name in start}, support.ways)
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
-            return self.loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support.y)
+            return self.support_loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support)
 
         path = sgd_path(
             support_loss,

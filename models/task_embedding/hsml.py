@@ -188,7 +188,7 @@ class HSML(GradientLearner):
         )
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
-            return self.loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support.y)
+            return self.support_loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support)
 
         path = sgd_path(support_loss, start, self.inner_rate, self.steps, self.first_order)
         for step, parameters in enumerate(path):

@@ -135,3 +135,31 @@ def test_figures_that_are_no_numbers_are_told(tmp_path, capsys):
     results = json.loads((tmp_path / "maml" / "results.json").read_text())
     assert results["metrics"]["nll"]["mean"] is None
     assert "nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (
+            ("--model.backbone.image_size", "40", "--model.backbone.downsample", "pool"),
+            "the data's inputs are 1×16×16 but the network takes 1×40×40",
+        ),
+        (("--model.backbone.in_channels", "3"), "the data's inputs are 1×16×16 but the network takes 3×16×16"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["MAML", "ProtoNet", "BMAML"])
+def test_data_that_do_not_fit_the_network_are_refused_before_training(algorithm, flags, what, tmp_path, capsys):
+    """Catches a training whose checkpoint evaluation and prediction refuse, or sixty lines of traceback."""
+    with pytest.raises(SystemExit) as stopped:
+        main(command(algorithm, tmp_path, *flags, steps=2))
+    assert stopped.value.code == 2
+    assert what in capsys.readouterr().err
+
+
+def test_a_regression_on_as_many_outputs_as_targets_have(tmp_path, capsys):
+    """Catches a loss that is broadcast over outputs, with metrics that look normal."""
+    flags = ("--model", "MAML", "--model.backbone", "MLP", "--data", "Sinusoid", "--trainer.max_steps", "2")
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, "--runs", str(tmp_path), "--wandb", "off", "--trainer.accelerator", "cpu"])
+    assert stopped.value.code == 2
+    assert "give --model.init_args.outputs 1" in capsys.readouterr().err

@@ -11,11 +11,11 @@ from torch.distributions import Categorical, Gamma, MixtureSameFamily, Normal
 from torch.func import functional_call
 
 import models.bayesian.svgd
-from app.cli.from_checkpoint import fits
 from datamodules.core.episodes import Episodes, Support
 from datamodules.core.errors import ConfigError
 from models import ANIL, BMAML, MAML, MLP, Conv4
 from models.bayesian.svgd import flat, rbf_kernel, split_into_particles, svgd_direction, unflat
+from models.core.shapes import fits
 from models.networks.batch_norm import recording
 from tests.support.gradients import episodes
 

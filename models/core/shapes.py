@@ -1,0 +1,55 @@
+"""Whether data and network fit each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from datamodules.core.episodes import Episodes, MetaBatch
+from datamodules.core.errors import ConfigError
+from models.networks.backbones import Backbone
+
+
+def fits(learner: torch.nn.Module, inputs: Tensor) -> None:
+    """See whether inputs (N, *input) go through the learner's backbone.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    backbone = next((m for m in learner.modules() if isinstance(m, Backbone)), None)
+    if backbone is None:
+        return
+    tensors = {
+        n: t[0] if backbone.particles else t for n, t in (*backbone.named_parameters(), *backbone.named_buffers())
+    }
+    like = next(backbone.parameters())
+    try:
+        with torch.no_grad():
+            features = functional_call(backbone, tensors, like.new_zeros(2, *inputs.shape[1:])).shape[1]
+    except RuntimeError:
+        features = None
+    # Another size may go through and give other features, which a learner without a head would take without a word.
+    if features != backbone.out_features:
+        its, wanted = ("×".join(map(str, shape)) for shape in (inputs.shape[1:], backbone.input_shape))
+        raise ConfigError(
+            f"the data's inputs are {its} but the network takes {wanted}: choose the data's settings accordingly, "
+            "for images --data.size and --data.channels"
+        )
+
+
+def fits_task(learner: torch.nn.Module, tasks: MetaBatch) -> None:
+    """See whether tasks go through the learner's backbone, and whether its head has as many outputs as targets have.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if not isinstance(tasks, Episodes):
+        return
+    fits(learner, tasks.support_x[0])
+    outputs = getattr(learner, "outputs", None)
+    if not tasks.ways and outputs not in (None, wanted := tasks.query_y.shape[-1]):
+        raise ConfigError(
+            f"the model's head has {outputs} outputs but targets are of {wanted}: give --model.init_args.outputs "
+            f"{wanted}"
+        )

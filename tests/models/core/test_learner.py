@@ -1,0 +1,53 @@
+"""What all learners share: the loss of a support set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from datamodules import Support
+from models import ANIL, IMAML, MAML, MLP, MetaSGD, ProtoNet
+
+DOUBLE = torch.float64
+REPEATED = torch.tensor([0, 0, 0, 0, 1, 2])
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(3, 4, generator=g, dtype=DOUBLE), torch.randn(5, 4, generator=g, dtype=DOUBLE)
+
+
+def made(name: str):
+    torch.manual_seed(0)
+    network = MLP(4, hidden=[8])
+    steps = {"outputs": 3, "inner_steps": 3}
+    learners = {
+        "MAML": lambda: MAML(network, inner_rate=0.1, **steps),
+        "ANIL": lambda: ANIL(network, inner_rate=0.1, **steps),
+        "MetaSGD": lambda: MetaSGD(network, **steps),
+        "IMAML": lambda: IMAML(network, inner_rate=0.1, **steps),
+        "ProtoNet": lambda: ProtoNet(network),
+    }
+    return learners[name]().double().eval()
+
+
+# LEO's codes are means over pairs of examples, as published.
+@pytest.mark.parametrize("name", ["MAML", "ANIL", "MetaSGD", "IMAML", "ProtoNet"])
+def test_an_example_that_is_there_four_times_adapts_as_once(name):
+    """Catches shots that act as a prior: a class is the likelier for having more examples, though they tell nothing."""
+    learner, (x, q) = made(name), problem()
+    once = torch.arange(3)
+    with torch.no_grad():
+        alone, repeated = (learner.predict(learner.adapt(Support(x[y], y, 3)), q) for y in (once, REPEATED))
+    torch.testing.assert_close(repeated, alone, rtol=1e-9, atol=1e-10)
+
+
+def test_with_as_many_examples_of_each_class_it_is_the_mean():
+    """Catches a weight by class that changes what the papers have."""
+    learner, logits = made("MAML"), torch.randn(6, 3, dtype=DOUBLE)
+    support = Support(torch.zeros(6, 4), torch.tensor([0, 1, 2, 2, 0, 1]), 3)
+    torch.testing.assert_close(learner.support_loss(logits, support), F.cross_entropy(logits, support.y))
+    of_class = [F.cross_entropy(logits[k == REPEATED], REPEATED[k == REPEATED]) for k in range(3)]
+    unequal = learner.support_loss(logits, Support(torch.zeros(6, 4), REPEATED, 3))
+    torch.testing.assert_close(unequal, torch.stack(of_class).mean())
