@@ -225,14 +225,15 @@ def test_other_validation_tasks_choose_the_best_anew(tmp_path, capfd):
 def test_tasks_are_counted_whatever_the_size_of_meta_batches(tmp_path):
     """Catches tasks that repeat, or are miscounted, after a resume with meta-batches of another size."""
     seen: list[int] = []
-    met = ToyImages.on_device
+    met = ToyImages.on_after_batch_transfer
 
-    def noting(self, episodes):
+    def noting(self, batch, dataloader_idx):
+        ready = met(self, batch, dataloader_idx)
         if self.trainer.training:
-            seen.extend(episodes.index.tolist())
-        return met(self, episodes)
+            seen.extend(ready.index.tolist())
+        return ready
 
-    with mock.patch.object(ToyImages, "on_device", noting):
+    with mock.patch.object(ToyImages, "on_after_batch_transfer", noting):
         main(command("ProtoNet", tmp_path, "--data.meta_batch_size", "4", steps=3))
         main(command("ProtoNet", tmp_path, "--data.meta_batch_size", "6", "--ckpt_path", "last", steps=5))
         main(command("ProtoNet", tmp_path, "--data.meta_batch_size", "5", "--ckpt_path", "last", steps=6))

@@ -510,5 +510,5 @@ def test_refusals_are_one_line(tmp_path, capsys):
     model = learner()
     assert "choose models.RL2" in model.check(Bandits())
     with pytest.raises(SystemExit):
-        main([a if a != "5" else "null" for a in command("PEARL", tmp_path, "--data.train_tasks", "null", steps=2)])
+        main(command("PEARL", tmp_path, "--data.train_tasks", "null", steps=2))
     assert "give --data.init_args.train_tasks" in capsys.readouterr().err.strip().splitlines()[-1]
