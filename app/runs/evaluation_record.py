@@ -28,6 +28,7 @@ from models.core.metrics import FINGERPRINT, TaskMetrics
 
 # What of the data makes its tasks, and which option of an evaluation changes it.
 SETTINGS = {name: f"--{name}" for name in ("data", "ways", "shots", "queries", "episodes", "seed", "tasks")}
+SETTINGS |= {"environment": "--data and its settings"}
 # Facts of two tests are the same tasks' where they are this close; sums over a task differ by machine.
 ROUNDING = 1e-5
 
@@ -36,6 +37,7 @@ def settings(data: EpisodicDataModule, seed: int | None = None) -> dict[str, Any
     """What makes the meta-test tasks; ``seed`` of the tasks, where it is another than the data's."""
     return {
         "data": type(data).__name__,
+        "environment": data.identity,
         **data.task_shape(),
         "seed": data.seed if seed is None else seed,
         "tasks": data.test_tasks,

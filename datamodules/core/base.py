@@ -62,6 +62,11 @@ class EpisodicDataModule(LightningDataModule):
         return {}
 
     @property
+    def identity(self) -> str:
+        """What tells tasks of this class apart beyond shape, seed and facts: an environment with its arguments."""
+        return ""
+
+    @property
     def selects(self) -> bool:
         """Whether meta-validation may choose a checkpoint: not where its classes are trained on by intention."""
         return True

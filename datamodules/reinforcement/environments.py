@@ -65,6 +65,11 @@ class Environment:
     looks: Literal["arms", "plane"] | None = None
     radius: float | None = None
 
+    @property
+    def identity(self) -> str:
+        """Which environments these are, whatever the task."""
+        return type(self).__name__
+
     def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
         """What tells the drawn tasks apart, by name, each (T, …)."""
         raise NotImplementedError
@@ -221,6 +226,10 @@ class EnvironmentDataModule(EpisodicDataModule):
 
     def task_shape(self) -> dict[str, int]:
         return {"episodes": self.episodes}
+
+    @property
+    def identity(self) -> str:
+        return self.environment.identity
 
     def build(self, split: str) -> EnvironmentTasks:
         tasks = self.train_tasks if split == "train" else None

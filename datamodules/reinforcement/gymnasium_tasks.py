@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,6 +78,10 @@ class GymnasiumEnvironment(Environment):
             self._first = gymnasium_rows.make(self.env, self.arguments)
         return self._first
 
+    @property
+    def identity(self) -> str:
+        return f"{self.env} {json.dumps(self.arguments, sort_keys=True, default=str)}"
+
     def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
         sample = self.first.get_wrapper_attr("sample_task")
         drawn = [sample(np.random.default_rng(int(word))) for word in rng.bits()]
@@ -88,7 +93,7 @@ class GymnasiumEnvironment(Environment):
             {name: float(value[i]) if value.ndim == 1 else value[i] for name, value in told.items()}
             for i in range(len(draws))
         ]
-        seeds = (draws[:, 0].cpu().double() * 2**53).long().tolist()
+        seeds = (draws[:, 0].cpu().double() * 2**31).long().tolist()  # many environments keep them in 32 bits, signed
         return self._newest(task, self._rows().begin(tasks, seeds))
 
     def observe(self, task: Facts, state: Newest) -> Tensor:

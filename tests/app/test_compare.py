@@ -19,8 +19,14 @@ from app import evaluate
 from app.compare import compare, difference, labels
 from app.dashboard.callback import Dashboard
 from app.plots import results, style
-from app.runs.evaluation_record import Evaluation, refuse_other_tasks, save_tasks
-from datamodules import ImageFolder, Sinusoid
+from app.runs.evaluation_record import (
+    Evaluation,
+    refuse_other_settings,
+    refuse_other_tasks,
+    save_tasks,
+    settings,
+)
+from datamodules import GymnasiumTasks, ImageFolder, Sinusoid
 from datamodules.core.errors import ConfigError
 from datamodules.core.metric import Metric
 from models.core.metrics import FINGERPRINT, TaskMetrics, calibration_error, classification_metrics
@@ -333,3 +339,15 @@ def test_a_seed_given_to_the_evaluation_is_that_of_the_tasks(runs: Path, monkeyp
     tasks = data.distribution("test")
     tasks.seed = 7
     assert torch.equal(tasks.sample(range(20)).fingerprint(), other.facts["fingerprint"])
+
+
+def test_environments_of_other_arguments_are_refused(tmp_path: Path):
+    """Catches two environments of one class of tasks, or two ends of one corridor, that pass for the same tasks."""
+    corridor = "tests.datamodules.reinforcement.test_gymnasium_tasks.Corridor"
+    told = [
+        settings(GymnasiumTasks(corridor, 7, arguments={"end": end}, val_tasks=2, test_tasks=2))
+        for end in (3.0, 3.0, 8.0)
+    ]
+    refuse_other_settings(told[:2], ["a", "b"])
+    with pytest.raises(ConfigError, match=r"environment .*Corridor"):
+        refuse_other_settings(told[1:], ["b", "c"])

@@ -136,7 +136,7 @@ def seeds_and_actions(batch: Any, actions: int, purpose: int = 0) -> tuple[np.nd
     """Seeds (T, episodes), and scripted actions (T, steps, actions) clipped to [-1, 1], as run_trial draws them."""
     starts = batch.draws(batch.episodes, 1, purpose=3 * purpose + 1)
     choices = batch.draws(batch.episodes * batch.environment.horizon, actions, purpose=3 * purpose + 3)
-    seeds = np.array([[int(d * 2**53) for d in row] for row in starts[..., 0].tolist()])
+    seeds = np.array([[int(d * 2**31) for d in row] for row in starts[..., 0].tolist()])
     return seeds, (4 * choices - 2).float().clamp(-1, 1).numpy()
 
 
@@ -519,3 +519,14 @@ def test_a_film_has_as_many_frames_as_there_is_time_for(monkeypatch):
     assert film.stride == 7
     assert len(film.frames) == 2 * (1 + 100 // 7 + 1)
     shown.close()
+
+
+def test_seeds_of_resets_fit_signed_words():
+    """Catches seeds that environments of 32 bits refuse, or fold."""
+    data = GymnasiumTasks(f"{__name__}.Corridor", 3, val_tasks=2, test_tasks=2)
+    environment, given = data.environment, []
+    with mock.patch.object(environment, "_rows") as rows:
+        rows.return_value.begin.side_effect = lambda tasks, seeds: given.extend(seeds) or np.zeros((len(tasks), 1))
+        batch = data.distribution("test").sample(range(200))
+        environment.start(batch.task, batch.draws(1))
+    assert len(set(given)) == 200 and min(given) >= 0 and max(given) < 2**31
