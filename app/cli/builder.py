@@ -29,7 +29,7 @@ from app.cli.suggestions import Parser
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
-from app.runs.claim import release_unused, shared_with_children
+from app.runs.claim import release, shared_with_children
 from app.runs.directory import RESULTS, choose_run
 from app.runs.leaks import KEY, as_tensor, of_backbones, refuse_leaks, trained_classes
 from app.runs.metrics_csv import MetricsCSV
@@ -444,7 +444,7 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.stderr.write(f"stopped at meta-update {cli.trainer.global_step}, saved; go on with: {again}\n")
         sys.exit(128 + signal.SIGTERM)
     finally:
-        release_unused()
+        release()
         # Left to the interpreter's exit, the threads of the process group now and then abort it.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -8,12 +8,15 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FILE = "claim.json"
 VARIABLE = "METABOLT_START"  # the token, for the processes that a run starts
+SILENCE = 120.0  # seconds without a sign of life, after which a start on another machine counts as ended
 _mine: set[Path] = set()
 
 
@@ -36,17 +39,11 @@ class Start:
     @functools.cache
     def own(cls) -> Start:
         """This process's; those that Lightning, torchrun or SLURM start together share the token."""
-        together = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
-        names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
-        known = [os.environ[name] for name in names if together and name in os.environ]
-        token = os.environ.get(VARIABLE) or "-".join(known) or secrets.token_hex(8)
-        return cls(token, socket.gethostname(), os.getpid(), _born(os.getpid()))
+        return cls(_token(os.environ), socket.gethostname(), os.getpid(), _born(os.getpid()))
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs; of another machine that is not known, and taken to be so."""
-        if self.host != socket.gethostname():
-            return True
+        """Whether its process runs; asked on its own machine."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -54,6 +51,25 @@ class Start:
         except PermissionError:
             pass
         return not self.born or _born(self.pid) == self.born
+
+
+def _token(env: Mapping[str, str]) -> str:
+    """What the processes of one start have in common, and other starts of the same job do not.
+
+    A job's number alone does not tell: a loop in one allocation of SLURM starts many runs, and two machines may each
+    run a torchrun of their own with all defaults.
+    """
+    if VARIABLE in env:
+        return env[VARIABLE]
+    if "TORCHELASTIC_RUN_ID" in env and int(env.get("WORLD_SIZE", 1)) > 1:
+        if int(env.get("GROUP_WORLD_SIZE", 1)) > 1:  # several machines meet at one address
+            return "-".join([env["TORCHELASTIC_RUN_ID"], env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", "")])
+        return f"{socket.gethostname()}-{os.getppid()}-{_born(os.getppid())}"  # the torchrun that started them
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_STEP_ID" in env:  # of srun, not of the allocation
+        return f"{env.get('SLURM_JOB_ID')}-{env['SLURM_STEP_ID']}"
+    if "MASTER_ADDR" in env and ("NODE_RANK" in env or "GROUP_RANK" in env):  # started by hand, one on each machine
+        return f"{env['MASTER_ADDR']}-{env.get('MASTER_PORT', '')}"
+    return secrets.token_hex(8)
 
 
 def _born(pid: int) -> int:
@@ -73,6 +89,9 @@ def holder(folder: Path) -> Start | None:
 def claim(folder: Path) -> bool:
     """Take a directory for this start, unless another that still runs has it; whether it is this start's now.
 
+    On the machine of the other its process is asked for. On another machine it counts as running as long as its claim
+    is renewed, so that a job that was moved elsewhere goes on after ``SILENCE`` seconds.
+
     Raises:
         OSError: it cannot be made, or written to.
     """
@@ -83,17 +102,19 @@ def claim(folder: Path) -> bool:
             # Whole from the beginning: whoever sees it can read it.
             part = folder / f".{FILE}.{own.pid}.{secrets.token_hex(4)}"
             part.write_text(json.dumps(asdict(own)))
+            now = part.stat().st_mtime  # by the clock of the disk, which the claim's age goes by too
             try:
                 os.link(part, folder / FILE)
             finally:
                 part.unlink()
             _mine.add(folder)
+            _renew()
             return True
         except FileExistsError:
             other = holder(folder)
             if other is not None and other.token == own.token:
                 return True
-            if other is not None and other.alive:
+            if other is not None and (other.alive if other.host == own.host else not _silent(folder, now)):
                 return False
             # Left behind by a start that ended; only one of those who want it moves it away.
             stale = folder / f".{FILE}.stale.{secrets.token_hex(4)}"
@@ -103,14 +124,34 @@ def claim(folder: Path) -> bool:
     return False
 
 
-def release_unused() -> None:
-    """Give back directories that this process claimed and left nothing in, of runs that could not be."""
-    for folder in _mine:
+def _silent(folder: Path, now: float) -> bool:
+    with contextlib.suppress(OSError):
+        return now - (folder / FILE).stat().st_mtime > SILENCE
+    return False  # gone by now: look again
+
+
+@functools.cache
+def _renew() -> None:
+    """From now on this process's claims are touched while it lives."""
+
+    def beat() -> None:
+        while True:
+            time.sleep(SILENCE / 6)
+            for folder in tuple(_mine):
+                with contextlib.suppress(OSError):
+                    os.utime(folder / FILE)
+
+    threading.Thread(target=beat, daemon=True, name="claims").start()
+
+
+def release() -> None:
+    """Give back what this process claimed, and remove directories of runs that could not be, with nothing in them."""
+    while _mine:
+        folder = _mine.pop()
         with contextlib.suppress(OSError):
-            if [path.name for path in folder.iterdir()] == [FILE]:
+            if holder(folder) == Start.own():
                 (folder / FILE).unlink()
-                folder.rmdir()
-    _mine.clear()
+            folder.rmdir()  # refused where there is anything in it
 
 
 @contextlib.contextmanager

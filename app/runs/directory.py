@@ -64,11 +64,8 @@ def choose_run(
         if not file.is_file() and not (ckpt_path == "last" and stage == "fit"):
             raise ConfigError(f"no {ckpt_path} checkpoint at {file}: train first, or give --ckpt_path a file")
         if take and not _claimed(newest):
-            other = holder(newest)
-            raise ConfigError(
-                f"{newest} is trained by process {other.pid if other else '?'} just now: wait for it, or give another "
-                "--name"
-            )
+            who = f"process {other.pid} of {other.host}" if (other := holder(newest)) else "another process"
+            raise ConfigError(f"{newest} is trained by {who} just now: wait for it, or give another --name")
         return newest, file if file.is_file() else None  # None: killed before its first checkpoint, or never started
     file = None
     if ckpt_path:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,63 @@ def test_starts_at_the_same_moment_get_directories_of_their_own(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert choose_run(tmp_path, "same", None, "fit", take=True)[0].name == "same"
+    claim.release()
+    assert not (tmp_path / "same").exists()
+
+
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}
+STEP = ALLOCATION | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+MACHINES = TORCHRUN | {"WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node1"}
+BY_HAND = {"MASTER_ADDR": "node1", "MASTER_PORT": "1", "NODE_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("env", "one"),
+    [({}, False), (ALLOCATION, False), (STEP, True), (TORCHRUN, True), (MACHINES, True), (BY_HAND, True)],
+)
+def test_processes_agree_where_they_train_together(env, one):
+    """Catches a loop of runs in one allocation of SLURM that share a folder, and processes of srun that do not."""
+    assert (claim._token(env) == claim._token(env)) == one
+
+
+def test_torchruns_of_two_machines_are_two_starts(monkeypatch):
+    """Catches two runs that share a folder because their torchruns have the same defaults."""
+    here, across = claim._token(TORCHRUN), claim._token(MACHINES)
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert claim._token(TORCHRUN) != here
+    assert claim._token(MACHINES) == across
+    assert claim._token(MACHINES | {"MASTER_ADDR": "node3"}) != across
+
+
+def test_a_run_of_another_machine_is_taken_over_when_it_is_silent(tmp_path, monkeypatch):
+    """Catches a run that cannot go on where its job was moved to, and one that is taken while it runs elsewhere."""
+    assert claim.claim(tmp_path)
+    file = tmp_path / claim.FILE
+    file.write_text(json.dumps(vars(claim.Start("other", "elsewhere", os.getpid(), 0))))
+    assert not claim.claim(tmp_path)
+    before = time.time() - claim.SILENCE - 5
+    os.utime(file, (before, before))
+    assert claim.claim(tmp_path)
+    assert claim.holder(tmp_path) == claim.Start.own()
+    claim.release()
+    assert claim.holder(tmp_path) is None
+
+
+def test_a_claim_is_renewed(tmp_path):
+    """Catches a run that another machine takes over while it trains."""
+    code = "import sys, time; from pathlib import Path; from app.runs import claim; claim.SILENCE = 0.6"
+    code += "; claim.claim(Path(sys.argv[1])); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    file, until = tmp_path / claim.FILE, time.time() + 60
+    while not file.exists() and time.time() < until:
+        time.sleep(0.05)
+    first = file.stat().st_mtime
+    while file.stat().st_mtime == first and time.time() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert file.stat().st_mtime > first
 
 
 def test_two_trainings_of_one_name_keep_apart(tmp_path):
@@ -85,7 +144,7 @@ def test_a_run_that_is_trained_is_not_gone_on_with(tmp_path, monkeypatch, capsys
     (tmp_path / "protonet" / claim.FILE).write_text(json.dumps(vars(other)))
     with pytest.raises(SystemExit):
         main(command("ProtoNet", tmp_path, "--ckpt_path", "last", steps=4))
-    assert f"is trained by process {os.getppid()} just now" in capsys.readouterr().err
+    assert f"is trained by process {os.getppid()} of {own.host} just now" in capsys.readouterr().err
     ended = claim.Start("other", own.host, os.getppid(), 1)  # its number belongs to another process by now
     (tmp_path / "protonet" / claim.FILE).write_text(json.dumps(vars(ended)))
     main(command("ProtoNet", tmp_path, "--ckpt_path", "last", steps=4))
