@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import pytorch_lightning as pl
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -23,7 +24,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from app.cli.base_configs import with_bases
-from app.cli.failures import configuration, one_line_errors, refusal, refuse_nulls
+from app.cli.failures import configuration, flat, one_line_errors, refusal, refuse_nulls
 from app.cli.precision import instead_of
 from app.cli.suggestions import Parser
 from app.dashboard.callback import Dashboard
@@ -38,7 +39,7 @@ from app.runs.recorder import Recorder
 from app.runs.results import print_results, results, write_results
 from app.runs.resume import cosine_shorter_than, reconcile
 from app.runs.stopwatch import Stopwatch
-from datamodules.core.base import EpisodicDataModule
+from datamodules.core.base import NETWORK_SETTINGS, EpisodicDataModule
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO
@@ -129,6 +130,12 @@ class MetaboltCLI(LightningCLI):
             help="Test tasks that are also asked about queries of classes that they do not have; 0 for none.",
         )
         parser.add_argument(
+            "--select",
+            type=str | None,
+            default=None,
+            help="Metric of meta-validation that best.ckpt is chosen by; null for the algorithm's own.",
+        )
+        parser.add_argument(
             "--pictures", type=bool, default=True, help="Draw at validations and after the test; false for sweeps."
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
@@ -153,8 +160,29 @@ class MetaboltCLI(LightningCLI):
             config.pop(key, None)
         return self.parser.dump(config, skip_none=False)
 
+    def take_from_data(self) -> None:
+        """Fill in what is None in the model's settings and the data knows, see EpisodicDataModule.network_settings."""
+        unknown = [
+            key
+            for key, value in flat(self._get(self.config, "model"))
+            if value is None and key.rpartition(".")[2] in NETWORK_SETTINGS
+        ]
+        if not unknown:
+            return
+        parser = ArgumentParser()
+        parser.add_subclass_arguments(EpisodicDataModule, "data")
+        settings = parser.parse_object({"data": self._get(self.config, "data").as_dict()})
+        data = parser.instantiate_classes(settings).data
+        known = data.network_settings()
+        data.teardown("fit")
+        for key in unknown:
+            name = key.rpartition(".")[2]
+            if name in known:
+                self.config[f"model.{key}"] = known[name]
+
     def instantiate_classes(self) -> None:
         try:
+            self.take_from_data()
             super().instantiate_classes()
         except Exception as error:
             if (refused := refusal(error, self.config)) is error:
@@ -172,6 +200,7 @@ class MetaboltCLI(LightningCLI):
         self.run_dir, self.ckpt_path = self.choose_folder(stage)
         kind = KINDS[data.kind]
         headline = kind.metrics[kind.headline]
+        selecting, better = self.selecting_metric()
         trainer_settings = self._get(self.config_init, "trainer")
         devices, most = str(trainer_settings.get("devices")), 1024
         if devices.isdecimal() and int(devices) > most:  # Lightning makes a list of them first
@@ -187,7 +216,7 @@ class MetaboltCLI(LightningCLI):
             folder = self.run_dir / CHECKPOINTS
             own.append(self.stopwatch)
             if trainer_settings.get("limit_val_batches") != 0 and data.selects:
-                own.append(BestCheckpoint(folder, f"val/{kind.headline}", headline.better))
+                own.append(BestCheckpoint(folder, f"val/{selecting}", better))
             # After all others: what it saves has the state that a validation left them in.
             own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
         plugins = as_list(trainer_settings.get("plugins"))
@@ -213,6 +242,20 @@ class MetaboltCLI(LightningCLI):
         )
         self._check(trainer)
         return trainer
+
+    def selecting_metric(self) -> tuple[str, str]:
+        """What meta-validation chooses the best checkpoint by, and whether higher or lower is better.
+
+        Raises:
+            ConfigError: it is none that is measured, or none is better.
+        """
+        learner, data = self.model, self.datamodule
+        declared = {m.pooled or name: m for name, m in (learner.declared_metrics() | data.own_metrics).items()}
+        fit = sorted(name for name, m in declared.items() if m.better != "neither" and not m.curve)
+        name = self.setting("select") or learner.selects_by or KINDS[data.kind].headline
+        if name not in fit:
+            raise ConfigError(f"--select is {name!r} but validation can choose by one of {', '.join(fit)}")
+        return name, declared[name].better
 
     def choose_folder(self, stage: str) -> tuple[Path, Path | None]:
         """The run directory, and the checkpoint that the run starts from."""

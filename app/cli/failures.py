@@ -90,7 +90,7 @@ def refusal(error: Exception, config: Any = None) -> Exception:
         return ConfigError(str(error))
     if not _mendable(error):
         return error
-    settings = dict(_flat(config)) if config is not None else {}
+    settings = dict(flat(config)) if config is not None else {}
     key, text = _setting(error, settings), _line(str(error)) or type(error).__name__
     told = f"{key} is {_line(str(settings[key]), 60)}: " if key in settings else f"{key}: " if key else ""
     if isinstance(error, UnicodeError):
@@ -212,16 +212,16 @@ def _largest(settings: dict[str, Any]) -> str | None:
     return key if key is not None and large[key] > 1000 else None
 
 
-def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values, those of lists of classes included."""
     items = config.items() if isinstance(config, dict) else vars(config).items()
     for key, value in items:
         name = f"{prefix}{key}"
         if isinstance(value, dict) or (hasattr(value, "__dict__") and type(value).__name__ == "Namespace"):
-            yield from _flat(value, name + ".")
+            yield from flat(value, name + ".")
         elif isinstance(value, list) and any(type(v).__name__ in ("Namespace", "dict") for v in value):
             for i, one in enumerate(value):
-                yield from _flat({str(i): one}, name + ".")
+                yield from flat({str(i): one}, name + ".")
         else:
             yield name, value
 
@@ -237,7 +237,7 @@ def refuse_nulls(config: Any) -> None:
     Raises:
         ConfigError: naming the setting, and its default.
     """
-    settings = dict(_flat(config))
+    settings = dict(flat(config))
     for key in [k for k, v in settings.items() if v is None]:
         path, _, name = key.rpartition(".")
         if path == "trainer":

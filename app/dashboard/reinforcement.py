@@ -50,7 +50,7 @@ class TrialFigures:
 
     def _returns(self) -> Figures:
         returns, optimum = self.table["returns"], optimum_of(self.table)
-        title = f"Returns, {self.at}"
+        title = f"Returns in {self.environment.title}, {self.at}"
         yield "episodes", partial(plots.returns, returns, optimum, title, unit=self.unit)
         self.panels.append(
             (f"{self.unit.title()}s", lambda axes: plots.draw_returns(axes, returns, optimum, self.unit))

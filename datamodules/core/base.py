@@ -19,6 +19,10 @@ MANY = 10_000  # tasks of a meta-batch, from which on it is asked whether memory
 LISTED = 40  # bytes of a task's number in a list
 
 
+# Settings of networks that data knows.
+NETWORK_SETTINGS = ("observations", "actions", "discrete", "in_channels", "image_size")
+
+
 class EpisodicDataModule(LightningDataModule):
     """Hands out episodes by index. A task distribution overrides ``prepare_data``, ``build`` and, for images, more.
 
@@ -59,6 +63,10 @@ class EpisodicDataModule(LightningDataModule):
 
     def task_shape(self) -> dict[str, int]:
         """What a meta-test task looks like: ways, shots and queries; or episodes; by the names of the settings."""
+        return {}
+
+    def network_settings(self) -> dict[str, Any]:
+        """What the tasks ask of a network, by the names of its settings: those that are None are taken from here."""
         return {}
 
     @property

@@ -34,6 +34,7 @@ class TaskStreams:
     def __init__(
         self, seed: int, split: str, indices: Sequence[int] | np.ndarray, *more: int | Sequence[int] | np.ndarray
     ) -> None:
+        self.split = split
         index = np.asarray(indices, dtype=np.uint64)
         key = np.zeros(1, np.uint64)
         further = (np.asarray(word, dtype=np.uint64) for word in more)

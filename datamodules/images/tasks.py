@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -306,6 +306,15 @@ class ImageDataModule(EpisodicDataModule):
         at_least(0, unlabelled=unlabelled)
         self.unlabelled = unlabelled
         self.root = root
+
+    def network_settings(self) -> dict[str, Any]:
+        from PIL import Image  # not for those who have no pictures
+
+        try:
+            channels, size, _ = self.to_store(Image.new("RGB", (64, 64))).shape
+        except NotImplementedError:
+            return {}
+        return {"in_channels": channels, "image_size": size}
 
     def task_shape(self) -> dict[str, int]:
         return {"ways": self.ways, "shots": self.shots, "queries": self.queries}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from datamodules.core.errors import at_least
 from datamodules.core.streams import TaskStreams
 
 Facts = dict[str, Tensor]
+SUCCESS = "success"  # a number of a step that says whether the task is done
 
 
 def normal(draws: Tensor) -> Tensor:
@@ -31,11 +33,15 @@ class Step(NamedTuple):
         state: the next one.
         reward: (N,), what the agent is given and what counts.
         shaped: (N,), what meta-training may learn from instead; the same unless the reward is sparse.
+        terminated: (N,), 1 where nothing follows, from the step that ends an episode to the horizon; None ends none.
+        info: further numbers of the step, by name, each (N,).
     """
 
     state: Any
     reward: Tensor
     shaped: Tensor
+    terminated: Tensor | None = None
+    info: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Environment:
@@ -50,6 +56,7 @@ class Environment:
         start_draws, step_draws: uniform numbers that the start of an episode and a step take.
         facts: numbers of what tells the tasks apart, as ``describe`` has it.
         revealed: the agent sees what tells the tasks apart, beside each observation: an oracle.
+        unscaled: observations and rewards are in units of any size, which learners do well to normalise.
         looks: what figures show of it: "arms" that are pulled, or positions on the "plane" that observations begin with
             and the fact "goal" lies on, within a ``radius`` of which there is a reward.
     """
@@ -62,12 +69,18 @@ class Environment:
     step_draws: int = 0
     facts: int
     revealed: bool = False
+    unscaled: bool = False
     looks: Literal["arms", "plane"] | None = None
     radius: float | None = None
 
     @property
     def identity(self) -> str:
         """Which environments these are, whatever the task."""
+        return type(self).__name__
+
+    @property
+    def title(self) -> str:
+        """What figures call them."""
         return type(self).__name__
 
     def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
@@ -230,6 +243,10 @@ class EnvironmentDataModule(EpisodicDataModule):
     @property
     def identity(self) -> str:
         return self.environment.identity
+
+    def network_settings(self) -> dict[str, Any]:
+        own = self.environment
+        return {"observations": own.seen_size, "actions": own.actions, "discrete": own.discrete}
 
     def build(self, split: str) -> EnvironmentTasks:
         tasks = self.train_tasks if split == "train" else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
 import signal
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +23,22 @@ CURE = 'pip install "gymnasium[mujoco]"'  # brings what gymnasium's own environm
 EnvTask = dict[str, Any]
 
 
+class Acted(NamedTuple):
+    """What came of a step of N sub-environments.
+
+    Attributes:
+        observation: (N, observation), float64.
+        reward: (N,).
+        terminated: (N,), 1 from the step that ended an episode on.
+        info: (N, names), numbers that were asked for; NaN where there was none.
+    """
+
+    observation: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    info: np.ndarray
+
+
 class Interface(NamedTuple):
     """What goes in and out of an environment.
 
@@ -28,19 +46,30 @@ class Interface(NamedTuple):
         observation: numbers of a flattened observation.
         actions: how many there are to choose from, where ``discrete``; otherwise numbers of an action.
         discrete: whether actions are chosen from finitely many.
+        info: names of the numbers in a step's ``info`` that are kept.
+        name: what messages call it.
     """
 
     observation: int
     actions: int
     discrete: bool
+    info: tuple[str, ...] = ()
+    name: str = ""
 
     @classmethod
-    def of(cls, env: gymnasium.Env, name: str) -> Interface:
+    def of(cls, env: gymnasium.Env, name: str, info: Sequence[str] = ()) -> Interface:
         """Of this environment.
 
         Raises:
-            DataError: there is no fixed number of observations, or actions are neither discrete nor bounded numbers.
+            DataError: there is no fixed number of observations, or they are pictures; actions are neither discrete nor
+                bounded numbers.
         """
+        space = env.observation_space
+        if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1:
+            raise DataError(
+                f"{name} observes pictures, {space.shape} bytes, which the networks here do not see as such: wrap it "
+                "in gymnasium.wrappers.TransformObservation, which encodes them as some numbers"
+            )
         try:
             observation = spaces.flatten_space(env.observation_space).shape
         except NotImplementedError:
@@ -49,9 +78,9 @@ class Interface(NamedTuple):
             raise DataError(f"{name} observes {env.observation_space}, which is no fixed number of numbers: wrap it")
         action = env.action_space
         if isinstance(action, spaces.Discrete):
-            return cls(observation[0], int(action.n), True)
+            return cls(observation[0], int(action.n), True, tuple(info), name)
         if isinstance(action, spaces.Box) and action.is_bounded():
-            return cls(observation[0], int(np.prod(action.shape)), False)
+            return cls(observation[0], int(np.prod(action.shape)), False, tuple(info), name)
         raise DataError(f"{name} takes {action}, but actions must be discrete or numbers with bounds: wrap it")
 
 
@@ -91,12 +120,13 @@ def make(name: str, arguments: dict[str, Any]) -> gymnasium.Env:
 class Rows(gymnasium.Env):
     """Sub-environments that act one after another, as rows of arrays.
 
-    One that terminates or is truncated waits: its observation stays, without reward, until all begin again. For
-    gymnasium's AsyncVectorEnv a process's rows are one environment.
+    One that terminates waits: its observation stays, without reward, until all begin again. For gymnasium's
+    AsyncVectorEnv a process's rows are one environment, whose observations have reward, end and info beside them.
 
     Args:
         factory: makes a sub-environment.
         interface: of these.
+        horizon: steps of an episode.
         capacity: most rows of a process; any number where there is one process alone.
         part: which of the processes' shares is this one's.
         parent: the process that started this one, so that a child knows itself.
@@ -108,17 +138,22 @@ class Rows(gymnasium.Env):
         self,
         factory: Callable[[], gymnasium.Env],
         interface: Interface,
+        horizon: int,
         capacity: int = 0,
         part: int = 0,
         parent: int | None = None,
     ) -> None:
-        self.factory, self.interface, self.part = factory, interface, part
+        self.factory, self.interface, self.horizon, self.part = factory, interface, horizon, part
         self.envs: list[gymnasium.Env] = []
         self.ended: list[bool] = []
         shape = (capacity,) if interface.discrete else (capacity, interface.actions)
         self.action_space = spaces.Box(-np.inf, np.inf, shape, np.float64)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (capacity, interface.observation), np.float64)
+        width = interface.observation + 2 + len(interface.info)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (capacity, width), np.float64)
         self.observation = np.zeros((capacity, interface.observation))
+        self.capacity = capacity
+        self.tasks: Sequence[EnvTask] = ()
+        self.steps = 0
         if parent not in (None, os.getpid()):
             # A fork inherits handlers that wait for the training to save itself: it would never end.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -131,23 +166,56 @@ class Rows(gymnasium.Env):
         self.ended = [False] * len(tasks)
         if len(self.observation) < len(tasks):
             self.observation = np.zeros((len(tasks), self.interface.observation))
+        self.tasks, self.steps = tasks, 0
         for i, (env, task, seed) in enumerate(zip(self.envs, tasks, seeds, strict=False)):
-            env.get_wrapper_attr("set_task")(task)
-            observation, _ = env.reset(seed=seed)
-            self.observation[i] = spaces.flatten(env.observation_space, observation)
+            with self._named("reset", i):
+                env.get_wrapper_attr("set_task")(task)
+                observation, _ = env.reset(seed=seed)
+                self.observation[i] = spaces.flatten(env.observation_space, observation)
+                self._refuse_nonfinite(i, 0.0)
         return self.observation[: len(tasks)].copy()
 
-    def act(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """From actions (N,) or (N, actions) in [-1, 1]: observations (N, observation) and rewards (N,), float64."""
-        rows = len(self.ended)
-        rewards = np.zeros(rows)
+    def act(self, actions: np.ndarray) -> Acted:
+        """From actions (N,) or (N, actions) in [-1, 1].
+
+        Raises:
+            DataError: a sub-environment failed, was truncated, or gave what is no number.
+        """
+        rows, names = len(self.ended), self.interface.info
+        rewards, told = np.zeros(rows), np.full((rows, len(names)), np.nan)
         chosen = self._chosen(actions[:rows]) if rows else actions
+        self.steps += 1
         for i, env in enumerate(self.envs[:rows]):
             if not self.ended[i]:
-                observation, rewards[i], terminated, truncated, _ = env.step(chosen[i])
-                self.observation[i] = spaces.flatten(env.observation_space, observation)
-                self.ended[i] = bool(terminated or truncated)
-        return self.observation[:rows].copy(), rewards
+                with self._named("step", i):
+                    observation, rewards[i], terminated, truncated, info = env.step(chosen[i])
+                    self.observation[i] = spaces.flatten(env.observation_space, observation)
+                    told[i] = [float(info.get(name, np.nan)) for name in names]
+                    self._refuse_nonfinite(i, rewards[i])
+                if truncated and not terminated and self.steps < self.horizon:
+                    raise DataError(
+                        f"{self.interface.name} is truncated after {self.steps} of {self.horizon} steps, which is no "
+                        f"end that its states know of: give --data.init_args.horizon {self.steps}, or have it terminate"
+                    )
+                self.ended[i] = bool(terminated)
+        return Acted(self.observation[:rows].copy(), rewards, np.array(self.ended, float), told)
+
+    def _refuse_nonfinite(self, i: int, reward: float) -> None:
+        for what, value in (("reward", reward), ("observation", self.observation[i])):
+            if not np.isfinite(value).all():
+                raise ValueError(f"its {what} is {value}")
+
+    @contextlib.contextmanager
+    def _named(self, call: str, i: int) -> Iterator[None]:
+        """Errors of a sub-environment say where they happened."""
+        try:
+            yield
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            where = f" {self.steps}" if call == "step" else ""
+            raise DataError(
+                f"{self.interface.name} failed in {call}{where} of task {self.tasks[i]} ({said}): mend the environment"
+            ) from error
 
     def _chosen(self, actions: np.ndarray) -> Any:
         space: Any = self.envs[0].action_space
@@ -171,13 +239,26 @@ class Rows(gymnasium.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         assert options is not None
-        self.begin(*options["parts"][self.part])
-        return self.observation, {}
+        begun = self.begin(*options["parts"][self.part])
+        nothing = np.zeros(len(begun))
+        return self._beside(Acted(begun, nothing, nothing, np.zeros((len(begun), len(self.interface.info))))), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict]:
-        rewards = np.zeros(len(self.observation))
-        rewards[: len(self.ended)] = self.act(action)[1]
-        return self.observation, rewards, False, False, {}
+        return self._beside(self.act(action)), 0.0, False, False, {}
+
+    def _beside(self, acted: Acted) -> np.ndarray:
+        """All of a step in one array, with room for as many rows as there may be."""
+        columns = [acted.observation, acted.reward[:, None], acted.terminated[:, None], acted.info]
+        own = np.concatenate(columns, 1)
+        return np.pad(own, ((0, self.capacity - len(own)), (0, 0)))
+
+
+@contextlib.contextmanager
+def _errors_told_once() -> Iterator[None]:
+    """Gymnasium warns of what other processes raised, several times, and then raises it here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*ERROR: ")
+        yield
 
 
 class Processes:
@@ -187,10 +268,13 @@ class Processes:
         factory: makes a sub-environment.
         interface: of these.
         processes: their number.
+        horizon: steps of an episode.
     """
 
-    def __init__(self, factory: Callable[[], gymnasium.Env], interface: Interface, processes: int) -> None:
-        self.factory, self.interface, self.processes = factory, interface, processes
+    def __init__(
+        self, factory: Callable[[], gymnasium.Env], interface: Interface, processes: int, horizon: int
+    ) -> None:
+        self.factory, self.interface, self.processes, self.horizon = factory, interface, processes, horizon
         self.vector: AsyncVectorEnv | None = None
         self.capacity = self.rows = 0
 
@@ -201,26 +285,29 @@ class Processes:
             self.capacity = share
             self.vector = AsyncVectorEnv(
                 [
-                    partial(Rows, self.factory, self.interface, self.capacity, part, os.getpid())
+                    partial(Rows, self.factory, self.interface, self.horizon, self.capacity, part, os.getpid())
                     for part in range(self.processes)
                 ]
             )
         self.share = share
         bounds = [slice(p * share, (p + 1) * share) for p in range(self.processes)]
-        observation, _ = self.vector.reset(options={"parts": [(tasks[b], seeds[b]) for b in bounds]})
-        return self._rows(observation)
+        with _errors_told_once():
+            observation, _ = self.vector.reset(options={"parts": [(tasks[b], seeds[b]) for b in bounds]})
+        return self._acted(observation).observation
 
-    def act(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def act(self, actions: np.ndarray) -> Acted:
         assert self.vector is not None
         shares = np.zeros(self.vector.action_space.shape)  # pyright: ignore[reportArgumentType]
         for part in range(self.processes):
             own = actions[part * self.share : (part + 1) * self.share]
             shares[part, : len(own)] = own
-        observation, rewards, *_ = self.vector.step(shares)
-        return self._rows(observation), self._rows(rewards)
+        with _errors_told_once():
+            return self._acted(self.vector.step(shares)[0])
 
-    def _rows(self, of_processes: np.ndarray) -> np.ndarray:
-        return of_processes[:, : self.share].reshape(-1, *of_processes.shape[2:])[: self.rows]
+    def _acted(self, of_processes: np.ndarray) -> Acted:
+        rows = of_processes[:, : self.share].reshape(-1, of_processes.shape[2])[: self.rows]
+        size = self.interface.observation
+        return Acted(rows[:, :size], rows[:, size], rows[:, size + 1], rows[:, size + 2 :])
 
     def render(self) -> Any:
         raise NotImplementedError("other processes show nothing")

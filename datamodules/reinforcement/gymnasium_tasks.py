@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +16,18 @@ import torch
 from torch import Tensor
 
 from datamodules.core.errors import DataError, at_least
+from datamodules.core.metric import Metric
 from datamodules.core.streams import TaskStreams
-from datamodules.reinforcement.environments import Environment, EnvironmentDataModule, Environments, Facts, Step
+from datamodules.reinforcement.environments import (
+    SUCCESS,
+    Environment,
+    EnvironmentDataModule,
+    Environments,
+    Facts,
+    Step,
+)
+
+TEXT = 64  # bytes of a fact that is text, at most
 
 
 class Newest(NamedTuple):
@@ -35,35 +47,55 @@ class GymnasiumEnvironment(Environment):
 
     ``start`` sets the tasks and resets with seeds that are made from its draws, so that what follows is a function of
     tasks, draws and actions, as far as the class takes its chance from ``self.np_random``. It begins new episodes in
-    all: a state from before can no longer be stepped. One that terminates or is truncated before the horizon stays as
-    it is, without reward, until the horizon ends. Discrete observations are one-hot, others flattened; actions in
-    [-1, 1] are stretched to the bounds of the action space, beyond that they are clipped.
+    all: a state from before can no longer be stepped. One that terminates before the horizon stays as it is, without
+    reward, until the horizon ends; one that is truncated before is refused, since its states do not tell how long it
+    lasts. Discrete observations are one-hot, others flattened; actions in [-1, 1] are stretched to the bounds of the
+    action space, beyond that they are clipped.
 
     Args:
         env: the path of a class, or an id that gymnasium knows.
         horizon: steps of an episode.
         processes: that share the sub-environments among them; 0 steps them one after another in this one.
         arguments: for the constructor.
+        info: names of numbers in what a step tells that are kept.
+        most: sub-environments that may be open at a time.
 
     Raises:
         DataError: gymnasium or what the class needs is not installed, or the class does not fit; names the cure.
     """
 
     start_draws = 1
+    unscaled = True
 
-    def __init__(self, env: str, horizon: int, processes: int = 0, arguments: dict[str, Any] | None = None) -> None:
-        at_least(1, horizon=horizon)
+    def __init__(
+        self,
+        env: str,
+        horizon: int,
+        processes: int = 0,
+        arguments: dict[str, Any] | None = None,
+        info: Sequence[str] = (),
+        most: int = 1000,
+    ) -> None:
+        at_least(1, horizon=horizon, most_open=most)
         at_least(0, processes=processes)
         self.env, self.horizon, self.processes, self.arguments = env, horizon, processes, dict(arguments or {})
+        self.info, self.most = tuple(info), most
         self._forget()
         try:
             from datamodules.reinforcement import gymnasium_rows
         except ImportError as error:
             raise DataError(f'{env} needs gymnasium: pip install "gymnasium[mujoco]"') from error
-        self.interface = gymnasium_rows.Interface.of(self.first, env)
-        self.observation_size, self.actions, self.discrete = self.interface
-        example = self.parameters(TaskStreams(0, "train", [0]))
-        self.facts = sum(value[0].size for value in example.values())
+        self.interface = gymnasium_rows.Interface.of(self.first, env, self.info)
+        self.observation_size, self.actions, self.discrete = self.interface[:3]
+        limit = getattr(self.first.spec, "max_episode_steps", None)
+        if limit is not None and limit < horizon:
+            raise DataError(
+                f"{env} is truncated after {limit} steps, but horizon is {horizon}: "
+                f"give --data.init_args.horizon {limit}"
+            )
+        example = self._sample(TaskStreams(0, "train", [0]))[0]
+        self.kinds = {name: type(value) for name, value in example.items()}
+        self.facts = sum(self._as_number(name, value).size for name, value in example.items())
         if not self.facts:
             raise DataError(f"{env}'s sample_task gives nothing that tells tasks apart: give it at least one number")
         self.renders = "rgb_array" in (self.first.metadata.get("render_modes") or ())
@@ -82,17 +114,57 @@ class GymnasiumEnvironment(Environment):
     def identity(self) -> str:
         return f"{self.env} {json.dumps(self.arguments, sort_keys=True, default=str)}"
 
+    @property
+    def title(self) -> str:
+        return self.env.rsplit(".", 1)[-1]
+
     def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
+        drawn = self._sample(rng)
+        return {name: np.stack([self._as_number(name, task.get(name)) for task in drawn]) for name in self.kinds}
+
+    def _sample(self, rng: TaskStreams) -> list[dict[str, Any]]:
         sample = self.first.get_wrapper_attr("sample_task")
-        drawn = [sample(np.random.default_rng(int(word))) for word in rng.bits()]
-        return {name: np.stack([np.asarray(task[name], np.float64) for task in drawn]) for name in drawn[0]}
+        split = {"split": rng.split} if "split" in inspect.signature(sample).parameters else {}
+        return [sample(np.random.default_rng(int(word)), **split) for word in rng.bits()]
+
+    def _as_number(self, name: str, value: Any) -> np.ndarray:
+        """A fact as numbers that single precision keeps; text as its bytes."""
+        if isinstance(value, str):
+            code = np.frombuffer(value.encode(), np.uint8)
+            if len(code) > TEXT or 0 in code:
+                raise DataError(f"{self.env}'s sample_task gives {name} {value!r}: a text has at most {TEXT} bytes")
+            return np.pad(code, (0, TEXT - len(code))).astype(np.float64)
+        try:
+            number = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            number = np.array(np.nan)
+        whole = np.issubdtype(np.asarray(value).dtype, np.integer) and (number.astype(np.float32) != number).any()
+        if not np.isfinite(number).all() or whole:
+            raise DataError(
+                f"{self.env}'s sample_task gives {name} {value!r}: give numbers, whole ones below 2^24, arrays of "
+                "numbers or text, under the same names for every task"
+            )
+        return number
+
+    def _told(self, name: str, value: np.ndarray) -> Any:
+        """A fact of one task as ``sample_task`` gave it."""
+        kind = self.kinds[name]
+        if issubclass(kind, str):
+            return bytes(value.astype(np.uint8)).rstrip(b"\0").decode()
+        return (
+            kind(value)
+            if value.ndim == 0 and issubclass(kind, (bool, int, np.integer, np.bool_))
+            else (float(value) if value.ndim == 0 else value)
+        )
 
     def start(self, task: Facts, draws: Tensor) -> Newest:
         told = {name: value.cpu().numpy() for name, value in task.items() if name != "number"}
-        tasks = [
-            {name: float(value[i]) if value.ndim == 1 else value[i] for name, value in told.items()}
-            for i in range(len(draws))
-        ]
+        tasks = [{name: self._told(name, value[i]) for name, value in told.items()} for i in range(len(draws))]
+        if len(tasks) > self.most:
+            raise DataError(
+                f"{len(tasks)} environments would be open at a time, which is more than {self.most}: lower "
+                "--data.init_args.meta_batch_size and eval_batch_size, or give --data.init_args.most_open"
+            )
         seeds = (draws[:, 0].cpu().double() * 2**31).long().tolist()  # many environments keep them in 32 bits, signed
         return self._newest(task, self._rows().begin(tasks, seeds))
 
@@ -105,9 +177,10 @@ class GymnasiumEnvironment(Environment):
                 f"only the newest state of {self.env} can be stepped, its sub-environments have no copies: "
                 "begin new episodes with start()"
             )
-        observation, rewards = self._rows().act(action.detach().cpu().numpy())
-        reward = torch.from_numpy(rewards).to(state.observation)
-        return Step(self._newest(task, observation), reward, reward)
+        acted = self._rows().act(action.detach().cpu().numpy())
+        reward, terminated, info = (torch.from_numpy(part).to(state.observation) for part in acted[1:])
+        told = dict(zip(self.info, info.unbind(1), strict=True))
+        return Step(self._newest(task, acted.observation), reward, reward, terminated, told)
 
     def render(self) -> np.ndarray:
         """A picture of the first sub-environment as it is now, (height, width, 3) uint8."""
@@ -141,9 +214,9 @@ class GymnasiumEnvironment(Environment):
             factory = partial(gymnasium_rows.make, self.env, self.arguments)
             self._owner = os.getpid()
             if self.processes:
-                self._open = gymnasium_rows.Processes(factory, self.interface, self.processes)
+                self._open = gymnasium_rows.Processes(factory, self.interface, self.processes, self.horizon)
             else:
-                self._open = gymnasium_rows.Rows(factory, self.interface)
+                self._open = gymnasium_rows.Rows(factory, self.interface, self.horizon)
         return self._open
 
     def _newest(self, task: Facts, observation: np.ndarray) -> Newest:
@@ -159,8 +232,9 @@ class GymnasiumEnvironment(Environment):
 class GymnasiumTasks(EnvironmentDataModule):
     """Tasks of a user's own: any class of gymnasium with two methods more.
 
-    ``sample_task(rng)`` draws a task with a NumPy generator: a dictionary of numbers or of arrays of fixed shape, which
-    are kept in single precision. ``set_task(task)`` is called with it before each reset. For instance, in my_tasks.py::
+    ``sample_task(rng)`` draws a task with a NumPy generator: a dictionary of numbers, text, or arrays of fixed shape,
+    which are kept in single precision; ``sample_task(rng, split)`` is told "train", "val" or "test" as well.
+    ``set_task(task)`` is called with it before each reset. For instance, in my_tasks.py::
 
         class Corridor(gymnasium.Env):
             observation_space = gymnasium.spaces.Box(-10.0, 10.0, (1,))
@@ -181,8 +255,8 @@ class GymnasiumTasks(EnvironmentDataModule):
                 self.x = self.x + action
                 return self.x, -abs(float(self.x[0]) - self.goal), False, False, {}
 
-    is trained on with ``--data datamodules.GymnasiumTasks --data.env my_tasks.Corridor --data.horizon 20``. See
-    GymnasiumEnvironment for what becomes of observations, actions and early ends.
+    is trained on with ``--config configs/reinforcement/rl2/gymnasium.yaml --data.env my_tasks.Corridor
+    --data.horizon 20``. See GymnasiumEnvironment for what becomes of observations, actions and early ends.
 
     Args:
         env: the path of the class, or the id of a registered environment that has both methods.
@@ -190,6 +264,12 @@ class GymnasiumTasks(EnvironmentDataModule):
         episodes: of a trial.
         processes: that share the environments of a meta-batch, per training process; 0 has none beside it.
         arguments: for the class's constructor.
+        info_metrics: names of numbers in what a step tells that become metrics, of the last episode: "success" whether
+            it ever was one, others by their mean over its steps.
+        most_open: environments that may be open at a time. As many as tasks of a meta-batch are; MAMLPolicy has as many
+            of each as it has ``rollouts``.
+        unscaled: whether learners normalise observations and rewards, unless told otherwise.
+        meta_batch_size, eval_batch_size, val_tasks, test_tasks: see EpisodicDataModule.
         **common: see EnvironmentDataModule.
 
     Raises:
@@ -203,9 +283,25 @@ class GymnasiumTasks(EnvironmentDataModule):
         episodes: int = 2,
         processes: int = 0,
         arguments: dict[str, Any] | None = None,
+        info_metrics: Sequence[str] = (),
+        most_open: int = 1000,
+        unscaled: bool = True,
+        meta_batch_size: int = 20,
+        val_tasks: int = 20,
+        test_tasks: int = 100,
+        eval_batch_size: int = 20,
         **common: Any,
     ) -> None:
-        super().__init__(GymnasiumEnvironment(env, horizon, processes, arguments), episodes, **common)
+        environment = GymnasiumEnvironment(env, horizon, processes, arguments, info_metrics, most_open)
+        environment.unscaled = unscaled
+        sizes: dict[str, Any] = {"val_tasks": val_tasks, "test_tasks": test_tasks, "eval_batch_size": eval_batch_size}
+        super().__init__(environment, episodes, meta_batch_size=meta_batch_size, **sizes, **common)
+
+    @property
+    def own_metrics(self) -> dict[str, Metric]:
+        """Of ``info_metrics``."""
+        success = Metric("higher", "tasks that succeeded in the last episode", share=True)
+        return {name: success if name == SUCCESS else Metric() for name in self.environment.info}  # pyright: ignore
 
     def on_device(self, episodes: Any) -> Any:
         # A batch that was sampled in another process comes with a copy, which would make sub-environments of its own.

@@ -21,7 +21,7 @@ class HalfCheetahVelocity(GymnasiumTasks):
         train_tasks: number of meta-training velocities, 100 in the released code.
         test_tasks: of meta-test velocities, 30 there.
         val_tasks: of meta-validation velocities.
-        processes: see GymnasiumTasks.
+        processes, unscaled: see GymnasiumTasks; the published figures are of what the simulation gives.
         **common: see EnvironmentDataModule.
 
     Raises:
@@ -36,10 +36,12 @@ class HalfCheetahVelocity(GymnasiumTasks):
         test_tasks: int = 30,
         val_tasks: int = 30,
         processes: int = 0,
+        unscaled: bool = False,
         **common: Any,
     ) -> None:
-        sizes: dict[str, Any] = {"train_tasks": train_tasks, "test_tasks": test_tasks, "val_tasks": val_tasks}
-        super().__init__(f"{ENVS}.HalfCheetahVelocityEnv", horizon, episodes, processes, **sizes, **common)
+        settings: dict[str, Any] = {"train_tasks": train_tasks, "test_tasks": test_tasks, "val_tasks": val_tasks}
+        settings["unscaled"] = unscaled
+        super().__init__(f"{ENVS}.HalfCheetahVelocityEnv", horizon, episodes, processes, **settings, **common)
 
 
 class HalfCheetahDirection(GymnasiumTasks):
@@ -52,7 +54,7 @@ class HalfCheetahDirection(GymnasiumTasks):
         horizon: steps of an episode, 0.05 s each.
         episodes: of a trial.
         test_tasks, val_tasks: each is one of the two directions.
-        processes: see GymnasiumTasks.
+        processes, unscaled: see GymnasiumTasks; the published figures are of what the simulation gives.
         **common: see EnvironmentDataModule.
 
     Raises:
@@ -66,7 +68,9 @@ class HalfCheetahDirection(GymnasiumTasks):
         test_tasks: int = 30,
         val_tasks: int = 30,
         processes: int = 0,
+        unscaled: bool = False,
         **common: Any,
     ) -> None:
-        sizes: dict[str, Any] = {"test_tasks": test_tasks, "val_tasks": val_tasks}
-        super().__init__(f"{ENVS}.HalfCheetahDirectionEnv", horizon, episodes, processes, **sizes, **common)
+        settings: dict[str, Any] = {"test_tasks": test_tasks, "val_tasks": val_tasks}
+        settings["unscaled"] = unscaled
+        super().__init__(f"{ENVS}.HalfCheetahDirectionEnv", horizon, episodes, processes, **settings, **common)

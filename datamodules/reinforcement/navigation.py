@@ -70,8 +70,9 @@ class SparseNavigation(DenseNavigation):
         return torch.zeros_like(task["goal"])
 
     def step(self, task: Facts, state: Tensor, action: Tensor, draws: Tensor) -> Step:
-        state, near, _ = super().step(task, state, action, draws)
-        return Step(state, torch.where(near >= -self.radius, 1 + near, 0.0), near)
+        step = super().step(task, state, action, draws)
+        near = step.shaped
+        return step._replace(reward=torch.where(near >= -self.radius, 1 + near, 0.0))
 
 
 class PointRobot(EnvironmentDataModule):

@@ -58,6 +58,8 @@ class MetaLearner(pl.LightningModule):
     tasks: ClassVar[frozenset[Literal["classification", "regression", "reinforcement"]]]
     own_metrics: ClassVar[Mapping[str, Metric]] = {}
     """What it measures of a task beside the metrics of its kind, by name."""
+    selects_by: ClassVar[str | None] = None
+    """The metric of meta-validation that its best checkpoint has unless told otherwise; None: its kind's headline."""
 
     def __init__(
         self,

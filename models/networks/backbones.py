@@ -27,13 +27,18 @@ class Backbone(nn.Module):
     particles: int = 0
 
 
+def given(value: int | None, default: int) -> int:
+    """A setting of a network that a run takes from its data, or the default where nobody gave any."""
+    return default if value is None else value
+
+
 class Conv4(Backbone):
     """Four blocks of 3×3 convolution, batch norm and ReLU: the field's standard backbone.
 
     Args:
-        in_channels: 1 for Omniglot and Glyphs, 3 for colour images.
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images; None for those of a run's data, otherwise 1.
         hidden: filters of every block (64; 32 in MAML's miniImageNet).
-        image_size: height and width of the input, pixels.
+        image_size: height and width of the input, pixels; likewise, otherwise 28.
         downsample: "stride" halves by strided convolution and averages over what is left (MAML's Omniglot network,
             Finn et al. 2017); "pool" halves by 2×2 max pooling and flattens (Vinyals et al. 2016, Snell et al. 2017).
         flatten: keep what is left where it is instead of averaging, also with strides (Nichol et al. 2018).
@@ -43,15 +48,16 @@ class Conv4(Backbone):
 
     def __init__(
         self,
-        in_channels: int = 1,
+        in_channels: int | None = None,
         hidden: int = 64,
-        image_size: int = 28,
+        image_size: int | None = None,
         downsample: Literal["stride", "pool"] = "stride",
         flatten: bool = False,
         halvings: int = 4,
         unpadded: int = 0,
     ) -> None:
         super().__init__()
+        in_channels, image_size = given(in_channels, 1), given(image_size, 28)
         at_least(1, in_channels=in_channels, hidden=hidden, image_size=image_size)
         at_least(0, halvings=halvings, unpadded=unpadded)
         self.downsample, self.flatten, self.halvings = downsample, flatten or downsample == "pool", halvings
@@ -90,22 +96,23 @@ class ResNet(Backbone):
     of Lee et al. 2019, but for its dropout.
 
     Args:
-        in_channels: 1 for Omniglot and Glyphs, 3 for colour images.
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images; None for those of a run's data, otherwise 3.
         widths: filters of each block.
         convs: of each block.
-        image_size: height and width of the input, pixels.
+        image_size: height and width of the input, pixels; likewise, otherwise 84.
         halvings: blocks that halve, the first ones; None for all.
     """
 
     def __init__(
         self,
-        in_channels: int = 3,
+        in_channels: int | None = None,
         widths: Sequence[int] = (64, 160, 320, 640),
         convs: int = 3,
-        image_size: int = 84,
+        image_size: int | None = None,
         halvings: int | None = None,
     ) -> None:
         super().__init__()
+        in_channels, image_size = given(in_channels, 3), given(image_size, 84)
         at_least(1, in_channels=in_channels, blocks=len(widths), convs=convs, image_size=image_size)
         at_least(1, **{f"widths[{i}]": width for i, width in enumerate(widths)})
         at_least(0, halvings=halvings)
@@ -180,16 +187,21 @@ class Conv2(Backbone):
     It has no batch norm: what it sees of an image depends on no other (Yao et al. 2019, their code).
 
     Args:
-        in_channels: 1 for Omniglot and Glyphs, 3 for colour images.
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images; None for those of a run's data, otherwise 1.
         hidden: filters of both convolutions.
-        image_size: height and width of the input, pixels.
+        image_size: height and width of the input, pixels; likewise, otherwise 28.
         dense: sizes of the dense layers.
     """
 
     def __init__(
-        self, in_channels: int = 1, hidden: int = 32, image_size: int = 28, dense: tuple[int, int] = (384, 64)
+        self,
+        in_channels: int | None = None,
+        hidden: int = 32,
+        image_size: int | None = None,
+        dense: tuple[int, int] = (384, 64),
     ) -> None:
         super().__init__()
+        in_channels, image_size = given(in_channels, 1), given(image_size, 28)
         at_least(1, in_channels=in_channels, hidden=hidden, image_size=image_size)
         self.convs = nn.ModuleList(nn.Conv2d(c, hidden, 5, padding=2) for c in (in_channels, hidden))
         side = -(-image_size // 4)
@@ -215,19 +227,20 @@ class Learn2Learn(Backbone):
 
     Args:
         name: "cnn4", "resnet12" or "wrn28".
-        in_channels: of the input; the residual networks take 3.
+        in_channels: of the input, None for 3; the residual networks take 3.
         hidden: filters of cnn4.
-        image_size: height and width of the input, pixels.
+        image_size: height and width of the input, pixels; likewise, otherwise 84.
     """
 
     def __init__(
         self,
         name: Literal["cnn4", "resnet12", "wrn28"] = "cnn4",
-        in_channels: int = 3,
+        in_channels: int | None = None,
         hidden: int = 64,
-        image_size: int = 84,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
+        in_channels, image_size = given(in_channels, 3), given(image_size, 84)
         import learn2learn.vision.models as l2l  # not on the import path of those who do not use it
 
         if name == "cnn4":

@@ -56,9 +56,14 @@ class ContextEncoder(nn.Module):
         mean, rho = single(self.network(context)).chunk(2, -1)
         return Latents(mean, F.softplus(rho).clamp(min=LEAST_VARIANCE))
 
-    def forward(self, context: Tensor, before: Latents | None = None) -> Latents:
-        """The posterior by a context (…, C, inputs), and by an earlier one if that led to ``before``."""
+    def forward(self, context: Tensor, before: Latents | None = None, weight: Tensor | None = None) -> Latents:
+        """The posterior by a context (…, C, inputs), and by an earlier one if that led to ``before``.
+
+        Transitions of ``weight`` (…, C) 0 are left out; the others have 1.
+        """
         factors = self.factors(context)
+        if weight is not None:
+            factors = factors._replace(variance=factors.variance / weight[..., None])
         if before is not None:
             factors = Latents(*(torch.cat([b[..., None, :], f], -2) for b, f in zip(before, factors, strict=True)))
         return product_of_gaussians(factors)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from datamodules.core.base import EpisodicDataModule
+from datamodules.core.errors import at_least
 from datamodules.reinforcement.environments import Environment, Environments
 from models.core.learner import MetaLearner
 from models.core.metrics import FINGERPRINT
+from models.reinforcement.normalization import RunningScale
 from models.reinforcement.trials import Agent, Trial, run_trial
 
 
@@ -18,17 +20,50 @@ class ReinforcementLearner(MetaLearner):
     """Learns to act in environments. An algorithm overrides ``agent`` and its meta-training step.
 
     Args:
-        observations, actions, discrete: of the environments, see Environment; None takes any.
+        observations, actions, discrete: of the environments, see Environment. A run takes them from its data where they
+            are None; a learner that has no network takes any.
+        normalize: observations and rewards by their running mean and deviation over meta-training, see RunningScale;
+            None where the environment says that they are in units of any size.
         **others: see MetaLearner.
     """
 
     tasks = frozenset({"reinforcement"})
 
     def __init__(
-        self, observations: int | None = None, actions: int | None = None, discrete: bool = True, **others: Any
+        self,
+        observations: int | None = None,
+        actions: int | None = None,
+        discrete: bool = True,
+        normalize: bool | None = None,
+        **others: Any,
     ) -> None:
         super().__init__(batch_norm="none", **others)
         self.observations, self.actions, self.discrete = observations, actions, discrete
+        self.normalize = normalize
+        self.normalizer = RunningScale(observations or 0)
+
+    def required_sizes(self) -> tuple[int, int]:
+        """Numbers of an observation, and of actions.
+
+        Raises:
+            ValueError: they are not given.
+        """
+        if self.observations is None or self.actions is None:
+            raise ValueError("observations and actions are None: give the environment's, data.network_settings()")
+        at_least(0, observations=self.observations)
+        at_least(1, actions=self.actions)
+        return self.observations, self.actions
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":  # otherwise a checkpoint knows
+            unscaled = self.trainer.datamodule.environment.unscaled
+            self.normalizer.on = unscaled if self.normalize is None else self.normalize
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        several = self.trainer.world_size > 1
+        return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="sum")) if several else value
 
     def agent(self) -> Agent:
         """That acts as the learner has it now."""
@@ -63,7 +98,8 @@ class ReinforcementLearner(MetaLearner):
 
     def trial_metrics(self, batch: Environments, trial: Trial) -> dict[str, Tensor]:
         """Metrics of each task: its returns, and how they compare with the best policy's where that is known."""
-        return self.return_metrics(batch, trial.returns(len(trial.reward) // batch.environment.horizon))
+        episodes = len(trial.reward) // batch.environment.horizon
+        return self.return_metrics(batch, trial.returns(episodes)) | trial.last_info(episodes)
 
     def return_metrics(self, batch: Environments, returns: Tensor) -> dict[str, Tensor]:
         """Metrics of each task, from the returns of its episodes in order, (T, episodes)."""

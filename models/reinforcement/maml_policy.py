@@ -26,8 +26,9 @@ from models.reinforcement.policies import (
     clipped_objective,
     draws_per_action,
     generalized_advantages,
+    mean_where,
 )
-from models.reinforcement.trials import Seen, run_trial
+from models.reinforcement.trials import Seen, Trial, run_trial
 from models.reinforcement.trust_region import trust_region_step
 
 
@@ -39,12 +40,14 @@ class Rollouts(NamedTuple):
         action: (steps, K), or (steps, K, actions) where continuous.
         old: the distributions that the actions were drawn from.
         advantage: (steps, K).
+        alive: (steps, K), 0 where the episode has terminated.
     """
 
     observation: Tensor
     action: Tensor
     old: Actions
     advantage: Tensor
+    alive: Tensor
 
 
 class TaskAgent:
@@ -56,7 +59,7 @@ class TaskAgent:
     """
 
     def __init__(self, learner: MAMLPolicy, parameters: Parameters) -> None:
-        self.policy, self.parameters = learner.policy, parameters
+        self.policy, self.normalizer, self.parameters = learner.policy, learner.normalizer, parameters
         assert learner.actions is not None
         self.draws = draws_per_action(learner.actions, learner.discrete)
 
@@ -65,12 +68,13 @@ class TaskAgent:
 
     def act(self, memory: None, seen: Seen, draws: Tensor) -> tuple[None, Tensor, Actions]:
         tasks = len(next(iter(self.parameters.values())))
-        choice = vmap(lambda p, x: call(self.policy, p, x))(self.parameters, seen.observation.unflatten(0, (tasks, -1)))
+        observation = self.normalizer.observation(seen.observation).unflatten(0, (tasks, -1))
+        choice = vmap(lambda p, x: call(self.policy, p, x))(self.parameters, observation)
         choice = tree_map(lambda t: t.flatten(0, 1), choice)
         return None, choice.sample(draws), choice
 
 
-def linear_baseline(observation: Tensor, returns: Tensor, ridge: float = 1e-5) -> Tensor:
+def linear_baseline(observation: Tensor, returns: Tensor, counts: Tensor | None = None, ridge: float = 1e-5) -> Tensor:
     """Expected returns of states, (steps, T, K), by ridge regression within each of T tasks.
 
     On o, o², t, t², t³ and 1 (Duan et al., ICML 2016), t in hundreds of steps and o within ±10, as in rllab.
@@ -78,6 +82,7 @@ def linear_baseline(observation: Tensor, returns: Tensor, ridge: float = 1e-5) -
     Args:
         observation: (steps, T, K, seen_size).
         returns: that followed, (steps, T, K).
+        counts: (steps, T, K), 0 where a step is not to be fitted to, otherwise 1; None fits to all.
         ridge: added to the diagonal of the normal equations.
     """
     o = observation.double().clamp(-10, 10)
@@ -85,6 +90,8 @@ def linear_baseline(observation: Tensor, returns: Tensor, ridge: float = 1e-5) -
     features = torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], -1)
     x = features.movedim(1, 0).flatten(1, 2)  # (T, steps K, features)
     y = returns.double().movedim(1, 0).flatten(1, 2)[..., None]
+    if counts is not None:
+        x = x * counts.double().movedim(1, 0).flatten(1, 2)[..., None]
     normal = x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x)
     weights = torch.linalg.solve(normal, x.mT @ y)
     return (features @ weights[None]).squeeze(-1).to(returns)
@@ -133,19 +140,21 @@ class MAMLPolicy(ReinforcementLearner):
     taken between blocks.
 
     Args:
-        observations, actions, discrete: of the environments.
+        observations, actions, discrete: of the environments, see ReinforcementLearner; None is discrete.
         hidden: units of the policy's layers; 100 and 100 in the paper.
         activation: after each of them; relu in the paper.
         deviation: of continuous actions, to start from.
         rollouts: K, episodes of a task for each inner step and for the meta-update; 20 in the paper's navigation.
         inner_rate: α, of the inner steps.
         later_rate: of steps in evaluation beyond those of meta-training; None for the same. The paper halves it.
+        discounted_steps: the inner objective weighs step t by γ^t besides, as the gradient of the discounted return
+            does, which the released code leaves out; ``sampling_correction`` needs it unless γ is 1.
         inner_steps: in meta-training.
         first_order: leave out second derivatives.
         sampling_correction: whether they take into account that the episodes depend on the policy.
         discount: γ.
         decay: λ of the advantages.
-        normalize: advantages of each task with mean 0 and deviation 1, as in the released code. α is in these units.
+        normalize_advantages: of each task with mean 0 and deviation 1, as in the released code. α is in these units.
         outer: proximal policy optimisation by ``optimizer``, or trust region policy optimisation as published, which
             needs none.
         clip: of the ratio of probabilities; of "ppo".
@@ -165,25 +174,27 @@ class MAMLPolicy(ReinforcementLearner):
         "https://arxiv.org/abs/1703.03400",
     )
 
+    selects_by = "last_episode"  # its first are by the initialisation
     own_metrics = {"entropy": Metric()}
 
     def __init__(
         self,
-        observations: int,
-        actions: int,
-        discrete: bool = True,
+        observations: int | None = None,
+        actions: int | None = None,
+        discrete: bool | None = None,
         hidden: Sequence[int] = (100, 100),
         activation: Literal["relu", "tanh"] = "relu",
         deviation: float = 1.0,
         rollouts: int = 20,
         inner_rate: float = 0.1,
         later_rate: float | None = None,
+        discounted_steps: bool = False,
         inner_steps: int = 1,
         first_order: bool = False,
         sampling_correction: bool = False,
         discount: float = 0.99,
         decay: float = 1.0,
-        normalize: bool = True,
+        normalize_advantages: bool = True,
         outer: Literal["ppo", "trpo"] = "ppo",
         clip: float = 0.2,
         kl_limit: float = 0.01,
@@ -192,14 +203,18 @@ class MAMLPolicy(ReinforcementLearner):
         damping: float = 1e-5,
         **others: Any,
     ) -> None:
-        super().__init__(observations, actions, discrete, **others)
-        at_least(1, observations=observations, actions=actions, rollouts=rollouts, epochs=epochs)
+        super().__init__(observations, actions, True if discrete is None else discrete, **others)
+        (observations, actions), discrete = self.required_sizes(), self.discrete
+        at_least(1, observations=observations, rollouts=rollouts, epochs=epochs)
         at_least(0, inner_steps=inner_steps)
         self.automatic_optimization = False  # several updates on the same episodes
         self.rollouts, self.inner_rate, self.inner_steps = rollouts, inner_rate, inner_steps
         self.later_rate = inner_rate if later_rate is None else later_rate
+        self.discounted_steps = discounted_steps
+        if sampling_correction and discount != 1 and not discounted_steps:
+            raise ValueError("the sampling correction is of the discounted return: give discounted_steps true, too")
         self.first_order, self.sampling_correction = first_order, sampling_correction
-        self.discount, self.decay, self.normalize = discount, decay, normalize
+        self.discount, self.decay, self.normalize_advantages = discount, decay, normalize_advantages
         self.outer, self.clip = outer, clip if outer == "ppo" else math.inf
         self.damping = damping
         self.kl_limit, self.epochs, self.max_grad_norm = kl_limit, epochs, max_grad_norm
@@ -209,28 +224,30 @@ class MAMLPolicy(ReinforcementLearner):
         features = [observations, *hidden][-1]
         self.policy = nn.Sequential(*layers, ActionHead(features, actions, discrete, deviation))
 
-    def collect(self, batch: Environments, parameters: Parameters, purpose: int) -> tuple[Rollouts, Tensor]:
-        """K episodes of each task by policies of its own, parameters (T, …), and their undiscounted returns, (T, K)."""
+    def collect(self, batch: Environments, parameters: Parameters, purpose: int) -> tuple[Rollouts, Trial]:
+        """K episodes of each task by policies of its own, parameters (T, …), as learned from and as they were."""
         agent = TaskAgent(self, parameters)
         trial = run_trial(batch.repeated(self.rollouts), agent, episodes=1, purpose=purpose)
-        of_tasks = (trial.seen.observation, trial.action, trial.extras, trial.reward)
-        observation, action, old, reward = tree_map(lambda t: t.unflatten(1, (len(batch), -1)), of_tasks)
+        seen = self.normalizer.observation(trial.seen.observation)
+        of_tasks = (seen, trial.action, trial.extras, self.normalizer.reward(trial.reward), trial.seen.alive)
+        observation, action, old, reward, alive = tree_map(lambda t: t.unflatten(1, (len(batch), -1)), of_tasks)
         returns = generalized_advantages(reward, torch.zeros_like(reward), self.discount, 1.0)
-        values = linear_baseline(observation, returns)
+        # Where an episode has ended there is nothing to expect.
+        values = alive * linear_baseline(observation, returns, alive)
         advantage = generalized_advantages(reward, values, self.discount, self.decay)
-        if self.normalize:
-            centred = advantage - advantage.mean((0, 2), keepdim=True)
-            advantage = centred / (centred.square().mean((0, 2), keepdim=True).sqrt() + 1e-8)
-        rollouts = tree_map(lambda t: t.movedim(1, 0), Rollouts(observation, action, old, advantage))
-        return rollouts, reward.sum(0)
+        if self.normalize_advantages:
+            centred = advantage - mean_where(advantage, alive, (0, 2), keepdim=True)
+            advantage = centred / (mean_where(centred.square(), alive, (0, 2), keepdim=True).sqrt() + 1e-8)
+        rollouts = tree_map(lambda t: t.movedim(1, 0), Rollouts(observation, action, old, advantage, alive))
+        return rollouts, trial
 
-    def blocks(self, batch: Environments, steps: int) -> Iterator[tuple[Rollouts, Tensor]]:
+    def blocks(self, batch: Environments, steps: int) -> Iterator[tuple[Rollouts, Trial]]:
         """What ``collect`` gives before each of so many inner steps, and after the last."""
         with torch.no_grad():
             parameters = {n: p.expand(len(batch), *p.shape) for n, p in self.policy.named_parameters()}
             for k in range(steps + 1):
-                rollouts, returns = self.collect(batch, parameters, purpose=k)
-                yield rollouts, returns
+                rollouts, trial = self.collect(batch, parameters, purpose=k)
+                yield rollouts, trial
                 if k < steps:
                     parameters = self.over_tasks(lambda p, r, k=k: self.inner_step(p, r, k), parameters, rollouts)
 
@@ -239,10 +256,11 @@ class MAMLPolicy(ReinforcementLearner):
 
         def loss(parameters: Parameters, _: int) -> Tensor:
             log_ratio = self.log_ratio(call(self.policy, parameters, rollouts.observation), rollouts)
+            discount = self.discount if self.discounted_steps else 1.0
             of_actions = policy_surrogate(
-                log_ratio, rollouts.advantage, self.discount, self.decay, self.sampling_correction
+                log_ratio * rollouts.alive, rollouts.advantage, discount, self.decay, self.sampling_correction
             )
-            return -of_actions.mean()
+            return -mean_where(of_actions, rollouts.alive)
 
         rate = self.inner_rate if step < max(1, self.inner_steps) else self.later_rate
         return last(sgd_path(loss, parameters, rate, 1, self.first_order))
@@ -255,7 +273,7 @@ class MAMLPolicy(ReinforcementLearner):
         after = path[-1]
         now = cast(Any, call(self.policy, parameters, after.observation))
         gain = clipped_objective(self.log_ratio(now, after), after.advantage, self.clip)
-        return -gain.mean(), after.old.kl(now).mean()
+        return -mean_where(gain, after.alive), mean_where(after.old.kl(now), after.alive)
 
     def log_ratio(self, now: Any, rollouts: Rollouts) -> Tensor:
         """Of the probabilities of the actions to those that they were drawn with, (steps, K)."""
@@ -271,14 +289,19 @@ class MAMLPolicy(ReinforcementLearner):
         return map_tasks(one, *tensors, chunk=self.chunk)
 
     def training_step(self, batch: Environments, batch_idx: int) -> None:
-        path, returns = zip(*self.blocks(batch, self.inner_steps), strict=True)
+        if self.normalizer.waits:
+            for _, trial in self.blocks(batch, self.inner_steps):
+                self.normalizer.update(trial, self.total)
+        path, trials = zip(*self.blocks(batch, self.inner_steps), strict=True)
         if self.outer == "ppo":
             self.proximal_steps(batch, path)
         else:
             self.trust_region_step(batch, path)
         self.last_step()
-        metrics = self.return_metrics(batch, torch.stack([r.mean(1) for r in returns], 1))
-        metrics["entropy"] = path[0].old.entropy().mean((1, 2))
+        metrics = self.block_metrics(batch, trials)
+        metrics["entropy"] = mean_where(path[0].old.entropy(), path[0].alive, (1, 2))
+        for trial in trials:
+            self.normalizer.update(trial, self.total)
         self.stage_metrics("train").update(batch.index, metrics)
 
     def all_losses(self, parameters: Parameters, path: tuple[Rollouts, ...]) -> tuple[Tensor, Tensor]:
@@ -319,5 +342,14 @@ class MAMLPolicy(ReinforcementLearner):
                 p.copy_(moved[name])
 
     def evaluation_metrics(self, batch: Environments) -> dict[str, Tensor]:
-        returns = torch.stack([r.mean(1) for _, r in self.blocks(batch, batch.episodes - 1)], 1)
-        return self.return_metrics(batch, returns)
+        return self.block_metrics(batch, [trial for _, trial in self.blocks(batch, batch.episodes - 1)])
+
+    def block_metrics(self, batch: Environments, trials: Sequence[Trial]) -> dict[str, Tensor]:
+        """Metrics of each task by its blocks of K episodes, whose means count."""
+        returns = torch.stack([self.of_rollouts(trial.returns(1)[:, 0]) for trial in trials], 1)
+        info = {name: self.of_rollouts(value) for name, value in trials[-1].last_info(1).items()}
+        return self.return_metrics(batch, returns) | info
+
+    def of_rollouts(self, values: Tensor) -> Tensor:
+        """The mean over the K episodes of each task, (T,), of values (T K,)."""
+        return values.unflatten(0, (-1, self.rollouts)).mean(1)

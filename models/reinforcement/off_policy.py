@@ -14,7 +14,7 @@ from datamodules.reinforcement.environments import Environments, EnvironmentTask
 from models.core.checkpoint_io import CHECKPOINTS
 from models.reinforcement.learner import ReinforcementLearner
 from models.reinforcement.replay_buffer import FILE, Replay
-from models.reinforcement.trials import Agent, run_trial
+from models.reinforcement.trials import Agent, Trial, run_trial
 
 
 class Transitions(NamedTuple):
@@ -23,7 +23,7 @@ class Transitions(NamedTuple):
     Attributes:
         observation, reached: before and after, (…, observations).
         action: (…, actions).
-        reward, shaped: (…,), see Step.
+        reward, shaped, terminated: (…,), see Step.
     """
 
     observation: Tensor
@@ -31,17 +31,24 @@ class Transitions(NamedTuple):
     reward: Tensor
     shaped: Tensor
     reached: Tensor
+    terminated: Tensor
 
     @classmethod
     def of(cls, rows: Tensor, observations: int, actions: int) -> Transitions:
-        """From how they are kept, (…, 2 observations + actions + 2)."""
-        observation, action, rewards, reached = rows.split([observations, actions, 2, observations], -1)
-        return cls(observation, action, rewards[..., 0], rewards[..., 1], reached)
+        """From how they are kept, (…, 2 observations + actions + 3)."""
+        observation, action, rewards, reached, ended = rows.split([observations, actions, 2, observations, 1], -1)
+        return cls(observation, action, rewards[..., 0], rewards[..., 1], reached, ended[..., 0])
+
+    @classmethod
+    def of_trial(cls, trial: Trial) -> Transitions:
+        """Each (steps, N, …)."""
+        seen = trial.seen
+        return cls(seen.observation, trial.action, trial.reward, trial.shaped, trial.reached, trial.terminated)
 
     def rows(self) -> Tensor:
         """How they are kept."""
         rewards = torch.stack([self.reward, self.shaped], -1)
-        return torch.cat([self.observation, self.action, rewards, self.reached], -1)
+        return torch.cat([self.observation, self.action, rewards, self.reached, self.terminated[..., None]], -1)
 
 
 class OffPolicyLearner(ReinforcementLearner):
@@ -56,7 +63,7 @@ class OffPolicyLearner(ReinforcementLearner):
         **others: see ReinforcementLearner.
     """
 
-    def __init__(self, observations: int, actions: int, steps_per_iteration: int, **others: Any) -> None:
+    def __init__(self, observations: int | None, actions: int | None, steps_per_iteration: int, **others: Any) -> None:
         super().__init__(observations, actions, **others)
         at_least(1, steps_per_iteration=steps_per_iteration)
         self.steps_per_iteration = steps_per_iteration
@@ -93,9 +100,12 @@ class OffPolicyLearner(ReinforcementLearner):
         )
         batch = self.trainer.precision_plugin.convert_input(batch.to(self.device))
         trial = run_trial(batch, agent)
-        rows = Transitions(trial.seen.observation, trial.action, trial.reward, trial.shaped, trial.reached).rows()
-        for number, of_task in zip(chosen, rows.transpose(0, 1), strict=True):
-            self.replay.append(int(number), of_task.unflatten(0, (episodes, environment.horizon)), context)
+        self.normalizer.update(trial)  # every process meets the same
+        shape = (episodes, environment.horizon)
+        rows = Transitions.of_trial(trial).rows().transpose(0, 1).unflatten(1, shape)
+        lengths = trial.seen.alive.T.unflatten(1, shape).sum(-1).long().cpu()
+        for number, of_task, length in zip(chosen, rows, lengths, strict=True):
+            self.replay.append(int(number), of_task, context, length)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -118,7 +128,7 @@ class OffPolicyLearner(ReinforcementLearner):
         own = self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False)
         file = Path(self.trainer.default_root_dir).absolute() / FILE if own else None
         dtype = next(self.parameters()).dtype
-        width = 2 * environment.seen_size + environment.actions + 2
+        width = 2 * environment.seen_size + environment.actions + 3
         self.replay = Replay(file, tasks, environment.horizon, width, torch.promote_types(dtype, torch.float32))
         self.collections = 0
         if self._saved is not None and self.trainer.ckpt_path is not None:

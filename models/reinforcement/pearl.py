@@ -45,7 +45,7 @@ class PEARL(OffPolicyLearner):
     Where the reward is sparse the encoder is given it and the actor-critic what it is shaped from, as in the paper.
 
     Args:
-        observations, actions: of the environments, whose actions are continuous.
+        observations, actions: of the environments, whose actions are continuous; see ReinforcementLearner.
         latents: size of z; 0 knows nothing of the task but what it observes: a baseline, or an oracle where the
             environments are ``revealed``.
         hidden: units of each of three layers, of policy, critics and value.
@@ -75,12 +75,13 @@ class PEARL(OffPolicyLearner):
         "https://arxiv.org/abs/1903.08254",
     )
 
+    selects_by = "last_episode"  # its first episodes explore
     own_metrics = {"q_loss": Metric(), "v_loss": Metric(), "policy_loss": Metric(), "kl": Metric()}
 
     def __init__(
         self,
-        observations: int,
-        actions: int,
+        observations: int | None = None,
+        actions: int | None = None,
         latents: int = 5,
         hidden: int = 300,
         encoder_hidden: int = 200,
@@ -102,6 +103,7 @@ class PEARL(OffPolicyLearner):
         **others: Any,
     ) -> None:
         super().__init__(observations, actions, steps_per_iteration, discrete=False, **others)
+        observations, actions = self.required_sizes()
         at_least(0, latents=latents, posterior_episodes=posterior_episodes, extra_episodes=extra_episodes)
         at_least(1, hidden=hidden, encoder_hidden=encoder_hidden, transitions=transitions, context=context)
         at_least(1, tasks_per_collection=tasks_per_collection, initial_episodes=initial_episodes)
@@ -132,8 +134,8 @@ class PEARL(OffPolicyLearner):
         if self.encoder is None:
             return None
         trial = run_trial(batch, self.agent())
-        parts = (trial.seen.observation, trial.action, trial.reward, trial.shaped, trial.reached)
-        return self.infer(Transitions(*(part.transpose(0, 1) for part in parts))).mean
+        context = Transitions(*(part.transpose(0, 1) for part in Transitions.of_trial(trial)))
+        return self.infer(self.scaled(context), trial.seen.alive.T).mean
 
     def check_environment(self, environment: Environment) -> str | None:
         if environment.discrete:
@@ -142,19 +144,26 @@ class PEARL(OffPolicyLearner):
 
     # Gradient steps -------------------------------------------------------------------------------------------------
 
-    def infer(self, context: Transitions) -> Latents:
-        """The posterior of each task, (T, latents), by transitions (T, C)."""
+    def scaled(self, t: Transitions) -> Transitions:
+        """Transitions as the networks take them, from those of the environments."""
+        observation, reached = (self.normalizer.observation(x) for x in (t.observation, t.reached))
+        reward, shaped = self.normalizer.reward(t.reward), self.normalizer.shaped(t.shaped)
+        return t._replace(observation=observation, reached=reached, reward=reward, shaped=shaped)
+
+    def infer(self, context: Transitions, weight: Tensor | None = None) -> Latents:
+        """The posterior of each task, (T, latents), by transitions (T, C), those of ``weight`` (T, C) 0 left out."""
         if self.encoder is None:
             nothing = context.observation[:, 0, :0]
             return Latents(nothing, nothing)
-        return self.encoder(torch.cat([context.observation, context.action, context.reward[..., None]], -1))
+        rows = torch.cat([context.observation, context.action, context.reward[..., None]], -1)
+        return self.encoder(rows, weight=weight)
 
     def losses(self, seen: Transitions, context: Transitions, of_latents: Tensor, of_actions: Tensor) -> Losses:
         """What is minimised, of each task.
 
         Args:
-            seen: (T, B), what the actor-critic learns from.
-            context: (T, C).
+            seen: (T, B), what the actor-critic learns from, as ``scaled`` gives it.
+            context: (T, C), likewise.
             of_latents: standard normal noise of z, (T, latents).
             of_actions: uniform numbers that actions are drawn by, (T, B, actions).
         """
@@ -163,8 +172,8 @@ class PEARL(OffPolicyLearner):
         knows = torch.cat([seen.observation, z.detach()], -1)
         with torch.no_grad():
             next_value = single(self.target_value(torch.cat([seen.reached, z], -1))).squeeze(-1)
-        # Episodes end by time alone, which is no part of the task: there is always a next value.
-        wanted = self.reward_scale * seen.shaped + self.discount * next_value
+        # Where an episode ends by time alone, which is no part of the task, there is a next value.
+        wanted = self.reward_scale * seen.shaped + self.discount * (1 - seen.terminated) * next_value
         critic = (self.critics(torch.cat([seen.observation, seen.action, z], -1)) - wanted).square().sum(0)
         choice = self.policy(knows)
         action, log_prob = choice.sample_with_log_prob(of_actions)
@@ -191,7 +200,7 @@ class PEARL(OffPolicyLearner):
             self.replay.rows(number, rows[:, : self.transitions]),
             self.replay.context(number, rows[:, self.transitions :]),
         )
-        seen, context = (Transitions.of(p.to(self.device), self.observations, self.actions) for p in parts)
+        seen, context = (self.scaled(Transitions.of(p.to(self.device), self.observations, self.actions)) for p in parts)
         noise = batch.draws(self.latents + self.transitions * self.actions, purpose=NOISE)
         of_latents, of_actions = noise.split([self.latents, self.transitions * self.actions], 1)
         return seen, context, normal(of_latents), of_actions.unflatten(1, (self.transitions, self.actions))

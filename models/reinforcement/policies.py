@@ -107,6 +107,13 @@ def encode(action: Tensor, actions: int, discrete: bool) -> Tensor:
     return F.one_hot(action, actions).float() if discrete else action
 
 
+def mean_where(values: Tensor, counts: Tensor, dims: tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
+    """Mean over dimensions of those values that ``counts``, of the same shape, has 1 for and not 0; None for all."""
+    dims = tuple(range(values.dim())) if dims is None else dims
+    # Divided twice, so that where all count nothing is rounded.
+    return (values * counts).mean(dims, keepdim=keepdim) / counts.mean(dims, keepdim=keepdim)
+
+
 def generalized_advantages(rewards: Tensor, values: Tensor, discount: float, decay: float) -> Tensor:
     """Generalised advantage estimates (Schulman et al., ICLR 2016, eq. 16), (steps, N); nothing follows the last step.
 

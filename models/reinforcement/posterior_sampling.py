@@ -9,17 +9,22 @@ from torch import Tensor
 
 from datamodules.reinforcement.environments import Environment, Facts, normal
 from models.reinforcement.context_encoder import ContextEncoder, Latents
+from models.reinforcement.normalization import RunningScale
 from models.reinforcement.soft_actor_critic import Policy
 from models.reinforcement.trials import Seen
 
 
 class LatentLearner(Protocol):
-    """Has a policy that knows latents beside what it observes, and infers them by an encoder; None infers nothing."""
+    """Has a policy that knows latents beside what it observes, and infers them by an encoder; None infers nothing.
+
+    It takes observations and rewards by a scale of its own.
+    """
 
     latents: int
     actions: int | None
     policy: Policy
     encoder: ContextEncoder | None
+    normalizer: RunningScale
 
 
 class Memory(NamedTuple):
@@ -31,8 +36,8 @@ class Memory(NamedTuple):
         posterior: by the context of the episodes before this one; None before there is any.
         step: of the trial.
         z: (N, latents), for this episode.
-        context: the transitions of this episode, each (N, inputs).
-        observation: that the previous action was taken on.
+        context: the transitions of this episode, each (N, inputs), and whether they count, (N,).
+        observation, alive: that the previous action was taken on.
     """
 
     horizon: int
@@ -40,8 +45,9 @@ class Memory(NamedTuple):
     posterior: Latents | None = None
     step: int = 0
     z: Tensor | None = None
-    context: tuple[Tensor, ...] = ()
+    context: tuple[tuple[Tensor, Tensor], ...] = ()
     observation: Tensor | None = None
+    alive: Tensor | None = None
 
 
 class PosteriorSampling:
@@ -69,20 +75,23 @@ class PosteriorSampling:
     def act(self, memory: Memory, seen: Seen, draws: Tensor) -> tuple[Memory, Tensor, Any]:
         """See Agent; of each step it leaves z."""
         of_latents, of_action = draws.split([self.learner.latents, draws.shape[1] - self.learner.latents], 1)
-        if memory.observation is not None:
-            taken = torch.cat([memory.observation, seen.action, seen.reward[:, None]], 1)
-            memory = memory._replace(context=(*memory.context, taken))
+        observation = self.learner.normalizer.observation(seen.observation)
+        if memory.observation is not None and memory.alive is not None:
+            reward = self.learner.normalizer.reward(seen.reward)
+            taken = torch.cat([memory.observation, seen.action, reward[:, None]], 1)
+            memory = memory._replace(context=(*memory.context, (taken, memory.alive)))
         if memory.step % memory.horizon == 0:
             memory = self._next_episode(memory, memory.step // memory.horizon)
             memory = memory._replace(z=memory.latents.sample(normal(of_latents)))
         assert memory.z is not None
-        choice = self.learner.policy(torch.cat([seen.observation, memory.z], 1))
+        choice = self.learner.policy(torch.cat([observation, memory.z], 1))
         action = choice.mode() if self.deterministic else choice.sample(of_action)
-        return memory._replace(step=memory.step + 1, observation=seen.observation), action, memory.z
+        return memory._replace(step=memory.step + 1, observation=observation, alive=seen.alive), action, memory.z
 
     def _next_episode(self, memory: Memory, episode: int) -> Memory:
         posterior, encoder = memory.posterior, self.learner.encoder
         if encoder is not None and episode > 0 and (self.context is None or episode <= self.context):
-            posterior = encoder(torch.stack(memory.context, 1), posterior)
+            context, counts = (torch.stack(part, 1) for part in zip(*memory.context, strict=True))
+            posterior = encoder(context, posterior, counts)
         known = posterior is not None and episode >= self.explore
         return memory._replace(posterior=posterior, context=(), latents=posterior if known else memory.latents)

@@ -1,4 +1,4 @@
-"""Transitions that are learned from again: whole episodes, appended to a file that outlives the process."""
+"""Transitions that are learned from again: episodes, appended to a file that outlives the process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from datamodules.core.errors import ConfigError
 
+_NEVER = torch.iinfo(torch.int64).max
 FILE = "replay/episodes.bin"  # in a run's folder
 
 
 class Replay:
-    """Episodes of finitely many tasks, all of one length, in the order in which they were added.
+    """Episodes of finitely many tasks, in the order in which they were added; each has the same room.
 
     Nothing is ever changed or dropped: a file that once held the first n episodes holds them for good. So a checkpoint
     needs no copy of them, only how many there were and their checksum, and whatever a killed run left beyond those is
@@ -29,7 +30,7 @@ class Replay:
     Args:
         file: None keeps the episodes where no other process finds them.
         tasks: their number.
-        horizon: transitions of an episode.
+        horizon: transitions of an episode, at most.
         width: numbers of a transition.
         dtype: of them.
     """
@@ -39,6 +40,8 @@ class Replay:
         self._task: list[int] = []  # of every episode
         self._episodes = torch.zeros(tasks, 1, dtype=torch.int64)  # of every task, as many as ``_count`` has
         self._count = torch.zeros(tasks, dtype=torch.int64)
+        self._ends = torch.zeros(tasks, 1, dtype=torch.int64)  # the transitions of a task up to each of its episodes
+        self._length: list[int] = []  # of every episode
         self._context = torch.zeros(tasks, 2, dtype=torch.int64)  # of every task: first episode of it, and how many
         self._checksum = 0
         self._rows = torch.empty(0, width, dtype=dtype)
@@ -58,8 +61,10 @@ class Replay:
         self._rows = self._rows[:0].clone()
         self._file.close()
 
-    def append(self, task: int, episodes: Tensor, context: int) -> None:
+    def append(self, task: int, episodes: Tensor, context: int, lengths: Tensor | None = None) -> None:
         """Add episodes (E, horizon, width) of a task; the first ``context`` of them are its context from now on.
+
+        What comes after ``lengths`` (E,) transitions of an episode, where it ended early, is never drawn.
 
         Raises:
             ConfigError: the disk is full, or the file cannot be written.
@@ -68,18 +73,24 @@ class Replay:
         self._write(len(self) * self._episode_bytes, content)
         self._checksum = zlib.crc32(content, self._checksum)
         self._context[task] = torch.tensor([len(self), context])
-        self._add([task] * len(episodes))
+        self._add([task] * len(episodes), [self.horizon] * len(episodes) if lengths is None else lengths.tolist())
 
     def rows(self, task: Tensor, draws: Tensor) -> Tensor:
         """Transitions of tasks (T,), (T, n, width), each at random: by uniform numbers (T, n) in [0, 1)."""
-        step = _integers(draws, self._count[task, None] * self.horizon)
-        episode = self._episodes[task[:, None], step // self.horizon]
-        return self._at(episode * self.horizon + step % self.horizon)
+        ends = self._ends[task]
+        step = _integers(draws, ends.gather(1, self._count[task, None] - 1))
+        place, within = _find(ends, step)
+        return self._at(self._episodes[task[:, None], place] * self.horizon + within)
 
     def context(self, task: Tensor, draws: Tensor) -> Tensor:
         """The same of each task's context."""
-        first, episodes = (self._context[task] * self.horizon).unbind(1)
-        return self._at(first[:, None] + _integers(draws, episodes[:, None]))
+        first, episodes = self._context[task].unbind(1)
+        # The newest episodes of a task follow one another; of a task with fewer the last one stands for more.
+        places = first[:, None] + torch.arange(int(episodes.max())).clamp(max=episodes[:, None] - 1)
+        lengths = torch.tensor(self._length)[places] * (torch.arange(places.shape[1]) < episodes[:, None])
+        ends = lengths.cumsum(1)
+        place, within = _find(ends, _integers(draws, ends[:, -1:]))
+        return self._at((first[:, None] + place) * self.horizon + within)
 
     def sync(self) -> None:
         """Have the disk hold what a checkpoint counts on.
@@ -96,6 +107,7 @@ class Replay:
         """What a checkpoint keeps."""
         return {
             "task": torch.tensor(self._task, dtype=torch.int32),
+            "length": torch.tensor(self._length, dtype=torch.int32),
             "context": self._context.clone(),
             "checksum": self._checksum,
             "shape": [self.tasks, self.horizon, self.width, str(self.dtype)],
@@ -133,9 +145,9 @@ class Replay:
                 f"{source} is not the replay buffer of the checkpoint ({why}): bring back the file that was beside it, "
                 "or start a new run"
             )
-        self._task, self._count = [], torch.zeros_like(self._count)
+        self._task, self._length, self._count = [], [], torch.zeros_like(self._count)
         self._checksum, self._context = checksum, state["context"].clone()
-        self._add(state["task"].tolist())
+        self._add(state["task"].tolist(), state["length"].tolist())
 
     @property
     def _episode_bytes(self) -> int:
@@ -150,13 +162,18 @@ class Replay:
         except OSError as error:
             raise self._refused(error) from error
 
-    def _add(self, tasks: list[int]) -> None:
-        for t in tasks:
-            if self._count[t] == self._episodes.shape[1]:
+    def _add(self, tasks: list[int], lengths: list[int]) -> None:
+        for t, length in zip(tasks, lengths, strict=True):
+            count = int(self._count[t])
+            if count == self._episodes.shape[1]:
                 self._episodes = torch.cat([self._episodes, torch.zeros_like(self._episodes)], 1)
-            self._episodes[t, self._count[t]] = len(self._task)
+                self._ends = torch.cat([self._ends, torch.full_like(self._ends, _NEVER)], 1)
+            self._episodes[t, count] = len(self._task)
+            self._ends[t, count] = length + (self._ends[t, count - 1] if count else 0)
+            self._ends[t, count + 1 :] = _NEVER
             self._count[t] += 1
             self._task.append(t)
+            self._length.append(length)
         if self._task:
             # Copied on write: nobody changes the file by way of its rows.
             mapped = mmap.mmap(self._file.fileno(), len(self) * self._episode_bytes, access=mmap.ACCESS_COPY)
@@ -171,6 +188,13 @@ class Replay:
         return ConfigError(
             f"could not write the replay buffer to {where} ({error.strerror}): {cure}, then go on with --ckpt_path last"
         )
+
+
+def _find(ends: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the episodes, that end at (T, E), steps (T, n) fall into, and where within it."""
+    place = torch.searchsorted(ends, step, right=True)
+    before = torch.where(place > 0, ends.gather(1, (place - 1).clamp(min=0)), 0)
+    return place, step - before
 
 
 def _integers(draws: Tensor, below: Tensor) -> Tensor:

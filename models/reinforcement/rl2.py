@@ -22,13 +22,17 @@ from models.reinforcement.policies import (
     draws_per_action,
     encode,
     generalized_advantages,
+    mean_where,
     single,
 )
 from models.reinforcement.trials import Seen, Trial, run_trial
 
 
 class Rollout(NamedTuple):
-    """What a meta-update learns from, (steps, N, …): inputs, actions, rewards, and what actions were drawn from."""
+    """What a meta-update learns from, (steps, N, …).
+
+    Inputs, actions, rewards, what actions were drawn from, and whether they had an effect.
+    """
 
     inputs: Tensor
     action: Tensor
@@ -36,13 +40,14 @@ class Rollout(NamedTuple):
     old: Actions
     advantage: Tensor
     value_target: Tensor
+    alive: Tensor
 
     def of(self, rows: Tensor) -> Rollout:
         """Of some of the N trials, whole."""
         old = type(self.old)(*(part[:, rows] for part in self.old))
-        parts = (self.inputs, self.action, self.reward, self.advantage, self.value_target)
-        inputs, action, reward, advantage, target = (part[:, rows] for part in parts)
-        return Rollout(inputs, action, reward, old, advantage, target)
+        parts = (self.inputs, self.action, self.reward, self.advantage, self.value_target, self.alive)
+        inputs, action, reward, advantage, target, alive = (part[:, rows] for part in parts)
+        return Rollout(inputs, action, reward, old, advantage, target, alive)
 
 
 class RecurrentAgent:
@@ -72,7 +77,7 @@ class RL2(ReinforcementLearner):
     is recurrent likewise.
 
     Args:
-        observations, actions, discrete: of the environments.
+        observations, actions, discrete: of the environments, see ReinforcementLearner; None is discrete.
         hidden: units of the gated recurrent networks, of policy and value.
         activation, weight_norm, memory, input_scale: of these, see GRUCell; the paper has relu, with weight
             normalisation.
@@ -103,9 +108,9 @@ class RL2(ReinforcementLearner):
 
     def __init__(
         self,
-        observations: int,
-        actions: int,
-        discrete: bool = True,
+        observations: int | None = None,
+        actions: int | None = None,
+        discrete: bool | None = None,
         hidden: int = 128,
         activation: Literal["tanh", "relu"] = "tanh",
         weight_norm: bool = False,
@@ -124,7 +129,8 @@ class RL2(ReinforcementLearner):
         greedy: bool = False,
         **others: Any,
     ) -> None:
-        super().__init__(observations, actions, discrete, **others)
+        super().__init__(observations, actions, True if discrete is None else discrete, **others)
+        (observations, actions), discrete = self.required_sizes(), self.discrete
         at_least(1, hidden=hidden, epochs=epochs, minibatches=minibatches)
         at_least(0, reward_prediction=reward_prediction)
         self.automatic_optimization = False  # several updates on the same trials
@@ -144,7 +150,8 @@ class RL2(ReinforcementLearner):
 
     def inputs(self, seen: Seen) -> Tensor:
         """What the networks take, (…, observations + actions + 2)."""
-        return torch.cat([seen.observation, seen.action, seen.reward[..., None], seen.done[..., None]], -1)
+        observation, reward = self.normalizer.observation(seen.observation), self.normalizer.reward(seen.reward)
+        return torch.cat([observation, seen.action, reward[..., None], seen.done[..., None]], -1)
 
     def agent(self) -> RecurrentAgent:
         return RecurrentAgent(self, self.greedy and not self.training)
@@ -158,8 +165,10 @@ class RL2(ReinforcementLearner):
         inputs = self.inputs(trial.seen)
         unit = sum(self.discount**t for t in range(len(trial.reward)))
         values = unit * self.values(inputs)
-        advantages = generalized_advantages(trial.reward, values, self.discount, self.decay)
-        return Rollout(inputs, trial.action, trial.reward, trial.extras, advantages, (advantages + values) / unit)
+        reward = self.normalizer.reward(trial.reward)
+        advantages = generalized_advantages(reward, values, self.discount, self.decay)
+        target = (advantages + values) / unit
+        return Rollout(inputs, trial.action, reward, trial.extras, advantages, target, trial.seen.alive)
 
     def on_fit_start(self) -> None:
         processes, trials = self.trainer.world_size, cast(Any, self.trainer).datamodule.meta_batch_size
@@ -172,9 +181,11 @@ class RL2(ReinforcementLearner):
     def training_step(self, batch: Environments, batch_idx: int) -> None:
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         with torch.no_grad():
+            if self.normalizer.waits:
+                self.normalizer.update(run_trial(batch, self.agent()), self.total)
             trial = run_trial(batch, self.agent())
             rollout = self.rollout(trial)
-            rollout = rollout._replace(advantage=self._normalised(rollout.advantage, batch.meta_batch))
+            rollout = rollout._replace(advantage=self._normalised(rollout.advantage, rollout.alive))
         kl, updates = 0.0, 0
         for part, last in self._parts(rollout, len(batch)):
             share = part.action.shape[1] * self.minibatches / batch.meta_batch * self.trainer.world_size
@@ -191,8 +202,9 @@ class RL2(ReinforcementLearner):
             kl = 0.0 if updates % self.minibatches == 0 else kl
         self.last_step()
         with torch.no_grad():
+            self.normalizer.update(trial, self.total)
             metrics = self.trial_metrics(batch, trial)
-            metrics["entropy"] = trial.extras.entropy().mean(0)
+            metrics["entropy"] = mean_where(trial.extras.entropy(), trial.seen.alive, (0,))
             self.stage_metrics("train").update(batch.index, metrics)
 
     def losses(self, part: Rollout) -> tuple[Tensor, Tensor]:
@@ -200,11 +212,13 @@ class RL2(ReinforcementLearner):
         features = self.readout(self.policy.run(part.inputs), part.inputs)
         now = self.head(features)
         log_ratio = now.log_prob(part.action) - part.old.log_prob(part.action)
-        gain = clipped_objective(log_ratio, part.advantage, self.clip).mean() + self.entropy * now.entropy().mean()
+        gain = mean_where(clipped_objective(log_ratio, part.advantage, self.clip), part.alive)
+        gain = gain + self.entropy * mean_where(now.entropy(), part.alive)
         loss = F.mse_loss(self.values(part.inputs), part.value_target) - gain
         if self.foreseen is not None:
-            loss = loss + self.reward_prediction * F.mse_loss(self.rewards(features, part.action), part.reward)
-        return loss, part.old.kl(now).mean()  # pyright: ignore[reportArgumentType]
+            missed = (self.rewards(features, part.action) - part.reward).square()
+            loss = loss + self.reward_prediction * mean_where(missed, part.alive)
+        return loss, mean_where(part.old.kl(now), part.alive)  # pyright: ignore[reportArgumentType]
 
     def rewards(self, features: Tensor, action: Tensor) -> Tensor:
         """As they are foreseen of actions, (steps, N): linear in what an action is encoded as."""
@@ -221,18 +235,15 @@ class RL2(ReinforcementLearner):
             for k, rows in enumerate(order.tensor_split(self.minibatches)):
                 yield rollout.of(rows), epoch == self.epochs - 1 and k == self.minibatches - 1
 
-    def _normalised(self, advantage: Tensor, meta_batch: int) -> Tensor:
-        """With mean 0 over the trials of all processes at each step, and deviation 1 over all steps.
+    def _normalised(self, advantage: Tensor, alive: Tensor) -> Tensor:
+        """With mean 0 over the trials of all processes at each step, and deviation 1 over all steps that count.
 
         What a value network that cannot tell the steps apart yet gets wrong is common to all trials of a step.
         """
-        centred = advantage - self._sum(advantage.sum(1, keepdim=True)) / meta_batch
-        deviation = (self._sum(centred.square().sum()) / (meta_batch * len(advantage))).sqrt()
+        count = self.total(alive.sum(1, keepdim=True))
+        centred = advantage - self.total((advantage * alive).sum(1, keepdim=True)) / count.clamp(min=1)
+        deviation = (self.total((centred.square() * alive).sum()) / count.sum()).sqrt()
         return centred / (deviation + 1e-8)
 
-    def _sum(self, value: Tensor) -> Tensor:
-        several = self.trainer.world_size > 1
-        return cast(Tensor, self.trainer.strategy.reduce(value, reduce_op="sum")) if several else value
-
     def _mean(self, value: Any) -> float:
-        return float(self._sum(torch.as_tensor(value))) / self.trainer.world_size
+        return float(self.total(torch.as_tensor(value))) / self.trainer.world_size

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
 import yaml
 
-from app.cli.builder import main
+from app.cli.builder import MetaboltCLI, main
+from app.runs.checkpoints import BestCheckpoint
+from models.core.checkpoint_io import load_checkpoint
 from tests.support.toy import command
 
 
@@ -163,3 +166,36 @@ def test_a_regression_on_as_many_outputs_as_targets_have(tmp_path, capsys):
         main([*flags, "--runs", str(tmp_path), "--wandb", "off", "--trainer.accelerator", "cpu"])
     assert stopped.value.code == 2
     assert "give --model.init_args.outputs 1" in capsys.readouterr().err
+
+
+def test_sizes_that_are_not_given_are_the_datas(tmp_path, capsys):
+    """Catches networks of other sizes than the data's, and a configuration that does not say which they were."""
+    flags = [a for a in command("ProtoNet", tmp_path, steps=2) if a not in ("--model.backbone.image_size", "16")]
+    main(flags)
+    settings = yaml.safe_load((tmp_path / "protonet" / "config.yaml").read_text())["model"]["init_args"]
+    assert settings["backbone"]["init_args"]["image_size"] == 16
+    assert settings["backbone"]["init_args"]["in_channels"] == 1
+    model = ["--model", "models.RL2", "--model.hidden", "4", "--data", "datamodules.PointRobot", "--data.horizon", "3"]
+    cli = MetaboltCLI(
+        [*model, "--data.revealed", "true", "--runs", str(tmp_path), "--wandb", "off", "--trainer.max_steps", "3"]
+    )
+    assert (cli.model.observations, cli.model.actions, cli.model.discrete) == (4, 2, False)
+    assert "observations: 4" in cli.yaml()
+
+
+def test_the_best_checkpoint_is_chosen_by_what_is_asked_for(tmp_path, capsys):
+    """Catches a choice by the wrong metric or the wrong way round, and a metric that is not measured."""
+    main(command("ProtoNet", tmp_path, "--select", "nll", "--trainer.val_check_interval", "2", steps=8))
+    best = load_checkpoint(tmp_path / "protonet" / "checkpoints" / "best.ckpt")
+    with open(tmp_path / "protonet" / "metrics.csv") as file:
+        rows = [(float(r["val/nll"]), int(r["step"])) for r in csv.DictReader(file) if r.get("val/nll")]
+    assert len(rows) == 4 and best["global_step"] == min(rows)[1] + 1
+    with pytest.raises(SystemExit):
+        main(command("ProtoNet", tmp_path, "--select", "known_entropy"))
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--select is 'known_entropy' but validation can choose by one of accuracy, ece, loss, nll" in said
+    robot = ["--data", "datamodules.PointRobot", "--data.horizon", "3", "--runs", str(tmp_path), "--wandb", "off"]
+    for model, chosen in (("PEARL", "last_episode"), ("MAMLPolicy", "last_episode"), ("RL2", "return")):
+        cli = MetaboltCLI(["--model", f"models.{model}", *robot, "--trainer.max_steps", "3"])
+        (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, BestCheckpoint)]
+        assert (callback.monitor, callback.mode) == (f"val/{chosen}", "max")

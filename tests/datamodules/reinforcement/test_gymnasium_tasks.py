@@ -243,8 +243,8 @@ def test_an_early_end_stays_without_reward():
         state = environment.start(task, draws)
         states, rewards = [state.observation], []
         for _ in range(4):
-            state, reward, shaped = environment.step(task, state, torch.tensor([[1.0], [-1 / 3]]), draws)
-            assert torch.equal(reward, shaped)
+            state, reward, shaped, ended, _ = environment.step(task, state, torch.tensor([[1.0], [-1 / 3]]), draws)
+            assert torch.equal(reward, shaped) and ended.tolist() == [1, 0]
             states.append(state.observation)
             rewards.append(reward)
         first, second = torch.stack(states)[..., 0].T
@@ -262,9 +262,9 @@ def test_discrete_observations_and_actions():
     task = {"right": torch.tensor([5.0, 8.0])}
     state = environment.start(task, torch.zeros(2, 1, dtype=torch.float64))
     assert environment.seen(task, state).tolist() == [[1, 0, 0], [1, 0, 0]]
-    state, reward, _ = environment.step(task, state, torch.tensor([0, 0]), torch.zeros(2, 0))
+    state, reward, *_ = environment.step(task, state, torch.tensor([0, 0]), torch.zeros(2, 0))
     assert reward.tolist() == [1, 0]
-    state, reward, _ = environment.step(task, state, torch.tensor([3, 3]), torch.zeros(2, 0))
+    state, reward, *_ = environment.step(task, state, torch.tensor([3, 3]), torch.zeros(2, 0))
     assert reward.tolist() == [0, 1]
     assert state.observation.tolist() == [[0, 0, 1], [0, 0, 1]]
     environment.revealed = True
@@ -307,9 +307,10 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     lines = text.split("::\n", 1)[1].split("is trained on")[0].splitlines()
     (tmp_path / "my_tasks.py").write_text("import gymnasium\n" + "\n".join(line[8:] for line in lines))
     monkeypatch.syspath_prepend(str(tmp_path))
-    flags = text.split("``--data ")[1].split("``")[0].split()
-    main([*RL2, "--model.observations", "1", "--model.actions", "1", "--runs", "runs", "--data", *flags, *SMALL])
-    metrics = json.loads(Path("runs/run/results.json").read_text())["metrics"]
+    flags = text.split("trained on with ``")[1].split("``")[0].split()
+    flags[1] = str(ROOT / flags[1])
+    main([*flags, "--model.hidden", "6", "--runs", "runs", *SMALL])
+    metrics = json.loads(Path("runs/rl2-gymnasium/results.json").read_text())["metrics"]
     assert metrics["return"]["mean"] < 0
 
 
@@ -414,6 +415,7 @@ def test_a_missing_package_is_one_line(absent, monkeypatch, capsys):
         ("tests.datamodules.reinforcement.test_gymnasium_tasks.Taskless", "has no sample_task"),
         ("tests.datamodules.reinforcement.test_gymnasium_tasks.Limitless", "numbers with bounds"),
         ("tests.datamodules.reinforcement.test_gymnasium_tasks.Texts", "no fixed number"),
+        ("tests.datamodules.reinforcement.test_gymnasium_tasks.Pictures", "observes pictures"),
     ],
 )
 def test_an_environment_that_does_not_fit_is_one_line(env, said):
@@ -423,19 +425,127 @@ def test_an_environment_that_does_not_fit_is_one_line(env, said):
     assert "\n" not in str(error.value)
 
 
-def test_a_registered_id_with_a_time_limit():
-    """Catches ids that are not made, wrappers that hide the task, and a time limit that ends nothing."""
+def test_a_registered_id_with_a_time_limit(monkeypatch):
+    """Catches ids that are not made, wrappers that hide the task, and a time limit that is taken for a state in which
+    nothing is paid for ever: it is refused, before and while it runs, but for the last step."""
     gymnasium.register("Limited-v0", f"{__name__}:Corridor", max_episode_steps=2)
-    environment = GymnasiumEnvironment("Limited-v0", horizon=4, arguments={"end": 1e6})
+    with pytest.raises(DataError, match=r"truncated after 2 steps, but horizon is 4: give --data.init_args.horizon 2"):
+        GymnasiumEnvironment("Limited-v0", horizon=4, arguments={"end": 1e6})
+    environment = GymnasiumEnvironment("Limited-v0", horizon=2, arguments={"end": 1e6})
     task = {"goal": torch.tensor([2.0]), "unused": torch.zeros(1, 2, 2)}
-    state = environment.start(task, torch.zeros(1, 1, dtype=torch.float64))
-    rewards = []
-    for _ in range(4):
-        state, reward, _ = environment.step(task, state, torch.zeros(1, 1), torch.zeros(1, 0))
-        rewards.append(reward.item())
-    assert rewards[0] < 0 and rewards[1] < 0 and rewards[2:] == [0, 0]
+
+    def episode(environment, steps):
+        state, ended = environment.start(task, torch.zeros(1, 1, dtype=torch.float64)), []
+        for _ in range(steps):
+            step = environment.step(task, state, torch.zeros(1, 1), torch.zeros(1, 0))
+            state = step.state
+            ended.append(step.terminated.item())
+        return ended
+
+    assert episode(environment, 2) == [0, 0]
     environment.close()
     del gymnasium.registry["Limited-v0"]
+    cut = GymnasiumEnvironment(f"{__name__}.Corridor", horizon=4)
+    step = Corridor.step
+    monkeypatch.setattr(Corridor, "step", lambda self, action: (*step(self, action)[:3], True, {}))
+    with pytest.raises(DataError, match="is truncated after 1 of 4 steps, which is no end"):
+        episode(cut, 1)
+    cut.close()
+
+
+class Faulty(Choices):
+    """Fails in its third step, in a way of the task's own; its tasks have an integer, a text and a split."""
+
+    def sample_task(self, rng, split):
+        return {
+            "right": int(rng.integers(5, 9)),
+            "way": ["nan", "raise", "big"][rng.integers(3)],
+            "of": split,
+            "on": True,
+        }
+
+    def set_task(self, task):
+        assert type(task["right"]) is int and type(task["on"]) is bool and type(task["of"]) is str
+        self.right, self.way, self.t = task["right"], task["way"], 0
+
+    def step(self, action):
+        self.t += 1
+        observation, reward, *ends, _ = super().step(action)
+        if self.t == 3 and self.way == "raise":
+            raise RuntimeError("no\nforce")
+        if self.t == 3 and self.way == "nan":
+            reward = float("nan")
+        return observation, reward, *ends, {"distance": float(self.t), "success": self.t == 2}
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(("way", "said"), [("nan", "its reward is nan"), ("raise", "no force")])
+def test_what_fails_in_a_step_is_named(way, said, processes):
+    """Catches a traceback without environment, task or step, and a reward that is no number in the replay buffer."""
+    data = GymnasiumTasks(f"{__name__}.Faulty", 4, episodes=1, processes=processes)
+    facts = data.distribution("val").sample(range(60))
+    ways = [data.environment._told("way", w.numpy()) for w in facts.task["way"]]
+    batch = data.distribution("val").sample([ways.index("big"), ways.index(way)])
+    assert {data.environment._told("of", w.numpy()) for w in facts.task["of"]} == {"val"}
+    with pytest.raises(DataError) as error:
+        run_trial(batch, Uniform())
+    assert str(error.value).startswith(f"{__name__}.Faulty failed in step 3 of task {{'right': ")
+    assert f"'way': '{way}', 'of': 'val'" in str(error.value) and f"({said})" in str(error.value)
+    data.environment.close()
+
+
+class Uniform:
+    """Discrete actions at random."""
+
+    draws = 1
+
+    def begin(self, environment, task):
+        return None
+
+    def act(self, memory, seen, draws):
+        return None, (draws[:, 0] * 4).long(), ()
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_numbers_of_a_step_become_metrics(processes):
+    """Catches successes and other figures of an environment that nobody sees, or of another episode's steps."""
+    data = GymnasiumTasks(
+        f"{__name__}.Faulty", 2, episodes=3, processes=processes, info_metrics=["success", "distance", "absent"]
+    )
+    batch = data.distribution("val").sample(range(5))
+    told = run_trial(batch, Uniform()).last_info(3)
+    assert told["success"].tolist() == [1] * 5 and told["distance"].tolist() == [1.5] * 5
+    assert data.own_metrics["success"].share and data.own_metrics.keys() == {"success", "distance", "absent"}
+    data.environment.close()
+
+
+def test_too_many_environments_at_a_time_are_refused():
+    """Catches twenty thousand open engines, from settings that look harmless."""
+    data = GymnasiumTasks(f"{__name__}.Corridor", 3, most_open=7)
+    with pytest.raises(DataError, match="8 environments would be open at a time, which is more than 7: lower"):
+        run_trial(data.distribution("val").sample(range(8)), Scripted(1))
+    assert len(run_trial(data.distribution("val").sample(range(7)), Scripted(1)).reward[0]) == 7
+    data.environment.close()
+
+
+class Pictures(Choices):
+    observation_space = gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"n": 2**24 + 1}, "below 2"),
+        ({"n": float("nan")}, "give numbers"),
+        ({"n": "x" * 65}, "64 bytes"),
+        ({"n": None}, "give numbers"),
+    ],
+)
+def test_tasks_that_cannot_be_kept_are_refused(task, said, monkeypatch):
+    """Catches facts that are rounded or lost on the way to ``set_task``."""
+    monkeypatch.setattr(Choices, "sample_task", lambda self, rng: task)
+    with pytest.raises(DataError, match=said):
+        GymnasiumEnvironment(f"{__name__}.Choices", horizon=3)
 
 
 # On film --------------------------------------------------------------------------------------------------------------

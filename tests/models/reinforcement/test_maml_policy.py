@@ -29,7 +29,12 @@ BASELINE = torch.tensor([[0.7, 0.0], [-0.4, 0.9]], dtype=torch.float64)  # by st
 def tabular(**settings) -> MAMLPolicy:
     """A learner of decision processes with two states, two actions and two steps."""
     torch.manual_seed(4)
-    settings = {"inner_rate": 3.0, "discount": 1.0, "normalize": False, "sampling_correction": True} | settings
+    settings = {
+        "inner_rate": 3.0,
+        "discount": 1.0,
+        "normalize_advantages": False,
+        "sampling_correction": True,
+    } | settings
     learner = MAMLPolicy(2, 2, hidden=[3], activation="tanh", **settings).double()
     with torch.no_grad():  # unlike what it starts from, where all actions are alike
         learner.policy[-1].linear.weight.normal_()
@@ -68,7 +73,9 @@ def all_episodes(learner: MAMLPolicy, parameters: Parameters, discount: float = 
                 advantages.append([8 * p * a for a in of_episode])
     state = torch.tensor(states).T
     one_hot = torch.eye(2, dtype=torch.float64)[state]
-    return Rollouts(one_hot, torch.tensor(actions).T, Categorical(log_p[state]), torch.tensor(advantages).double().T)
+    advantage = torch.tensor(advantages).double().T
+    alive = torch.ones_like(advantage)
+    return Rollouts(one_hot, torch.tensor(actions).T, Categorical(log_p[state]), advantage, alive)
 
 
 def exact_path(learner: MAMLPolicy, parameters: Parameters, steps: int) -> list[Parameters]:
@@ -213,7 +220,10 @@ def test_outer_loss_after_a_gaussian_inner_step_by_hand():
         old_mean, old_log = o @ weight + bias + 0.1 * g.normal(size=(steps, k)), log_deviation + 0.05
         parts.append((o, a, advantage, old_mean, old_log))
         old = Gaussian(torch.from_numpy(old_mean)[..., None], torch.full((steps, k, 1), old_log).double())
-        path.append(Rollouts(torch.from_numpy(o), torch.from_numpy(a)[..., None], old, torch.from_numpy(advantage)))
+        alive = torch.ones(steps, k).double()
+        path.append(
+            Rollouts(torch.from_numpy(o), torch.from_numpy(a)[..., None], old, torch.from_numpy(advantage), alive)
+        )
     o, a, advantage, *_ = parts[0]
     z = (a - o @ weight - bias) / np.exp(log_deviation)
     score = advantage * z / np.exp(log_deviation)
@@ -268,11 +278,12 @@ def test_repeated_environments_have_chance_of_their_own():
     assert torch.equal(alone.repeated(2).draws(2), draws[6:8])
 
 
-def test_evaluation_adapts_to_each_task_step_by_step():
+@pytest.mark.parametrize("discounted", [False, True])
+def test_evaluation_adapts_to_each_task_step_by_step(discounted):
     """Catches tasks that share what they learn, episodes of another policy, a wrong rate after the trained steps,
     advantages normalised over all tasks, and graphs that evaluation keeps."""
     torch.manual_seed(0)
-    rates = {"inner_rate": 0.5, "later_rate": 0.2, "discount": 0.9, "decay": 0.7}
+    rates = {"inner_rate": 0.5, "later_rate": 0.2, "discount": 0.9, "decay": 0.7, "discounted_steps": discounted}
     learner = MAMLPolicy(2, 2, discrete=False, hidden=[5], activation="tanh", rollouts=6, **rates).double().eval()
     batch = navigation(3)
     with torch.inference_mode():
@@ -293,7 +304,7 @@ def test_evaluation_adapts_to_each_task_step_by_step():
                 noise = torch.special.ndtri(choices[:, t])
                 seen.append(state)
                 acted.append(now.mean + deviation * noise)
-                state, reward, _ = environment.step({"goal": goal}, state, acted[-1], starts)
+                state, reward, *_ = environment.step({"goal": goal}, state, acted[-1], starts)
                 rewards.append(reward)
             reward = torch.stack(rewards)
             assert table["returns"][task, block].item() == pytest.approx(reward.sum(0).mean().item(), rel=1e-8)
@@ -306,7 +317,8 @@ def test_evaluation_adapts_to_each_task_step_by_step():
             leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
             now = functional_call(learner.policy, leaves, (torch.stack(seen),))
             log_p = torch.distributions.Normal(now.mean, now.log_deviation.exp()).log_prob(torch.stack(acted)).sum(-1)
-            gain = (0.9 ** torch.arange(4)[:, None] * advantage * log_p).mean()
+            weights = 0.9 ** torch.arange(4)[:, None] if discounted else 1.0
+            gain = (weights * advantage * log_p).mean()
             gradient = dict(zip(leaves, torch.autograd.grad(gain, list(leaves.values())), strict=True))
             parameters = {n: (p + rate * gradient[n]).detach() for n, p in leaves.items()}
 

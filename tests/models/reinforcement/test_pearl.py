@@ -44,7 +44,8 @@ def learner(**settings) -> PEARL:
 def transitions(*shape: int, seed: int = 0) -> Transitions:
     g = torch.Generator().manual_seed(seed)
     sizes = ((SIZE,), (ACTIONS,), (), (), (SIZE,))
-    return Transitions(*(torch.randn(*shape, *s, generator=g, dtype=torch.float64) for s in sizes))
+    parts = [torch.randn(*shape, *s, generator=g, dtype=torch.float64) for s in sizes]
+    return Transitions(*parts, terminated=(torch.rand(*shape, generator=g) < 0.3).double())
 
 
 def inputs(seed: int = 0) -> tuple:
@@ -182,7 +183,9 @@ def restated(model: PEARL, seen: Transitions, context: Transitions, of_latents, 
         parts = []
         for b in range(ROWS):
             o, a, reached = seen.observation[t, b], seen.action[t, b], seen.reached[t, b]
-            target = 3.0 * seen.shaped[t, b] + 0.8 * model.target_value(torch.cat([reached, z]))[0]
+            target = 3.0 * seen.shaped[t, b]
+            if not seen.terminated[t, b]:
+                target = target + 0.8 * model.target_value(torch.cat([reached, z]))[0]
             of_critic = sum((critic(k, torch.cat([o, a, z])) - target.detach()) ** 2 for k in range(2))
             mean, log_deviation = model.policy.network(torch.cat([o, z])).split(ACTIONS)
             log_deviation = log_deviation.clamp(-20, 2)
@@ -349,7 +352,7 @@ def collector(sparse: bool = False, **settings) -> PEARL:
         convert_input=lambda batch: batch.apply(lambda t: t.double() if t.is_floating_point() else t)
     )
     model._trainer = SimpleNamespace(datamodule=data, precision_plugin=convert, world_size=1)
-    model.replay = Replay(None, 6, 4, 2 * SIZE + ACTIONS + 2, torch.float64)
+    model.replay = Replay(None, 6, 4, 2 * SIZE + ACTIONS + 3, torch.float64)
     return model
 
 
@@ -497,7 +500,7 @@ def test_baseline_without_latents_and_oracle(revealed, tmp_path):
     main(command("PEARL", tmp_path, *flags, steps=6))
     last = weights(tmp_path / "pearl" / "checkpoints" / "last.ckpt")
     assert not any(name.startswith("encoder") for name in last)
-    kept = np.fromfile(tmp_path / "pearl" / FILE, np.float32).reshape(-1, 4, 12 if revealed else 8)
+    kept = np.fromfile(tmp_path / "pearl" / FILE, np.float32).reshape(-1, 4, 13 if revealed else 9)
     if revealed:
         reached, goal = kept[..., 8:10], kept[..., 2:4]
         apart = np.linalg.norm(reached - goal, axis=-1)

@@ -302,7 +302,9 @@ def test_the_policy_gradient_of_one_pull_is_the_analytic_one(baseline):
     inputs = torch.zeros(1, 4, 4, dtype=torch.float64)
     old = Categorical(distribution(made, inputs).logits.detach())
     reward = (action == 0).double()
-    loss, kl = made.losses(Rollout(inputs, action, reward, old, reward - baseline, torch.zeros_like(reward)))
+    loss, kl = made.losses(
+        Rollout(inputs, action, reward, old, reward - baseline, *torch.stack([0 * reward, 0 * reward + 1]))
+    )
     loss.backward()
     torch.testing.assert_close(made.head.linear.bias.grad, torch.tensor([-0.1875, 0.1875], dtype=torch.float64))
     assert kl.item() == pytest.approx(0, abs=1e-15)
