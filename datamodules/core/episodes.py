@@ -41,6 +41,12 @@ class Support:
         # By comparison: torch's one_hot looks at values, which nested transformations do not let it.
         return self.y[:, None] == torch.arange(self.ways, device=self.y.device)
 
+    def shares(self) -> Tensor | None:
+        """Weights (S,) of mean 1 by which all classes count alike, float32: shots are no prior; None for regression."""
+        if not self.ways:
+            return None
+        return len(self.y) / self.ways / self.members().sum(0).float()[self.y]
+
 
 @dataclass(frozen=True)
 class Task:

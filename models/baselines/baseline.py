@@ -116,15 +116,17 @@ class Baseline(EmbeddingLearner):
         return {"weight": 2 * c, "bias": -c.square().sum(1)}
 
     def logistic_regression(self, z: Tensor, support: Support, steps: int = 200) -> Parameters:
-        """The minimum of Σ cross-entropy + ‖W‖² / 2, by Nesterov's accelerated gradient."""
+        """The minimum of Σ cross-entropy + ‖W‖² / 2, classes weighed alike, by Nesterov's accelerated gradient."""
         z = F.normalize(z, dim=-1)
         x = torch.cat([z, torch.ones_like(z[:, :1])], 1)
-        wanted = support.members().to(z.dtype)
-        steepest = len(x) + 1  # Böhning's bound of the Hessian: half of Σ‖x‖², and the prior's 1
+        wanted, shares = support.members().to(z.dtype), support.shares()
+        assert shares is not None
+        weighted = shares.to(z.dtype)[:, None] * x
+        steepest = len(x) + 1  # Böhning's bound of the Hessian: half of Σ share ‖x‖², and the prior's 1
         momentum = (1 - steepest**-0.5) / (1 + steepest**-0.5)
         w = ahead = z.new_zeros(support.ways, x.shape[1])
         for _ in range(steps):
-            slope = ((ahead @ x.T).softmax(0) - wanted.T) @ x + F.pad(ahead[:, :-1], (0, 1))
+            slope = ((ahead @ x.T).softmax(0) - wanted.T) @ weighted + F.pad(ahead[:, :-1], (0, 1))
             w, before = ahead - slope / steepest, w
             ahead = w + momentum * (w - before)
         return {"weight": w[:, :-1], "bias": w[:, -1]}
@@ -148,7 +150,7 @@ class Baseline(EmbeddingLearner):
             return self.logistic_regression(z, support)
 
         def loss(head: Parameters, rows: Tensor) -> Tensor:
-            return self.loss(self.compare(head, z[rows]), support.y[rows])
+            return self.support_loss(self.compare(head, z[rows]), support, rows)
 
         return self.sgd(loss, self.first_head(z, support), len(z))
 
@@ -166,7 +168,7 @@ class Baseline(EmbeddingLearner):
         def loss(parameters: Parameters, rows: Tensor) -> Tensor:
             x = support.x[rows]
             outputs = self.logits(parameters, lambda p: call(self.backbone, p, x, self.statistics_source))
-            return self.loss(outputs, support.y[rows])
+            return self.support_loss(outputs, support, rows)
 
         moved = self.sgd(loss, head | {BACKBONE + n: p for n, p in own.items()}, len(support.y))
         backbone = {n: moved[BACKBONE + n] for n in own}

@@ -137,12 +137,12 @@ class ABML(MetaLearner):
         for _ in range(self.eval_samples):
             yield draw(q, generator, [n for n in self.learner.head_parameters() if not n.endswith(RHO)])
 
-    def surprise(self, outputs: list[Tensor], target: Tensor) -> Tensor:
-        """-E_q[log p(y|x, φ)] over draws of the network's outputs (N, …), nats per example."""
+    def surprise(self, outputs: list[Tensor], target: Tensor, shares: Tensor | None = None) -> Tensor:
+        """-E_q[log p(y|x, φ)] over draws of the network's outputs (N, …), nats per example; see ``loss`` for shares."""
         if target.is_floating_point():
             log_p = [Normal(o, self.log_noise.exp(), validate_args=False).log_prob(target).sum(-1) for o in outputs]
             return -torch.stack(log_p).mean()
-        return torch.stack([self.loss(o, target) for o in outputs]).mean()
+        return torch.stack([self.loss(o, target, shares) for o in outputs]).mean()
 
     def support_outputs(self, q: Parameters, x: Tensor, samples: int, seed: int) -> list[Tensor]:
         return [call(self.learner, w, x, self.statistics_source) for w in self.draws(q, samples, seed)]
@@ -159,7 +159,7 @@ class ABML(MetaLearner):
 
         def bound(q: Parameters, step: int) -> Tensor:
             outputs = self.support_outputs(q | fixed, support.x, self.inner_samples, step)
-            surprise = self.surprise(outputs, support.y)
+            surprise = self.surprise(outputs, support.y, support.shares())
             if step == 0:  # at the prior itself, where the divergence and its gradient vanish
                 return surprise
             return surprise + self.inner_kl_weight / len(support.x) * kl_divergence(q, theta)

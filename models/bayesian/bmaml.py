@@ -29,7 +29,7 @@ from models.core.predictions import Mixture, Prediction
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode, Statistics, record, recording
 
-Evidence = list[tuple[Tensor, Tensor]]
+Evidence = list[tuple[Tensor, Tensor, Tensor | None]]  # inputs, targets, and by what examples count; None for all alike
 """Observations (x, y), normalised batch by batch; x are features where only the head adapts."""
 
 PRECISIONS = ("log_lambda", "log_gamma")
@@ -146,13 +146,14 @@ class BMAML(MetaLearner):
         """log p(D | θ) p(θ) of one particle, a scalar, up to a constant."""
         moving = weights(particle)
         total = torch.zeros((), device=evidence[0][0].device)
-        for x, y in evidence:
+        for x, y, shares in evidence:
             if self.whole:
                 outputs = call(self.learner, moving | fixed, x, self.statistics_source)
             else:
                 outputs = F.linear(x.to(moving["head.weight"].dtype), moving["head.weight"], moving["head.bias"])
             if self.log_gamma is None:
-                total = total - F.cross_entropy(outputs, y, reduction="sum")
+                of_each = F.cross_entropy(outputs, y, reduction="none")
+                total = total - (of_each if shares is None else of_each * shares.to(of_each)).sum()
             else:
                 total = total + log_normal(outputs - y, particle["log_gamma"])
         if self.log_lambda is not None:
@@ -166,7 +167,7 @@ class BMAML(MetaLearner):
         self, particles: Parameters, fixed: Parameters, evidence: Evidence, rate: float, steps: int
     ) -> Iterator[Parameters]:
         """SVGD from these particles to the posterior: yields them before the first step and after each one."""
-        observations = sum(len(y) for _, y in evidence)
+        observations = sum(len(y) for _, y, _ in evidence)
 
         def log_posterior(particle: Parameters, fixed: Parameters) -> Tensor:
             return self.log_posterior(particle, fixed, evidence)
@@ -203,7 +204,7 @@ class BMAML(MetaLearner):
     def adaptation(self, support: Support) -> Iterator[Adapted]:
         particles, fixed = self.start(support.ways)
         steps = self.follow_steps if self.training else self.eval_inner_steps
-        evidence = [(self.seen(support.x), support.y)]
+        evidence: Evidence = [(self.seen(support.x), support.y, support.shares())]
         for step, moved in enumerate(self.path(particles, fixed, evidence, self.inner_rate, steps)):
             yield self.state(moved, fixed, support, step)
 
@@ -252,8 +253,8 @@ class BMAML(MetaLearner):
 
     def objective(self, task: Task) -> tuple[Tensor, Prediction]:
         support, (particles, fixed) = task.support, self.start(task.support.ways)
-        seen = self.seen(support.x)
-        path = self.path(particles, fixed, [(seen, support.y)], self.inner_rate, self.follow_steps)
+        known = self.seen(support.x), support.y, support.shares()
+        path = self.path(particles, fixed, [known], self.inner_rate, self.follow_steps)
         state = self.state(follower := last(path), fixed, support, self.follow_steps)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.meta_loss != "chaser"):
             features = self.query_features(state, task.query_x)
@@ -266,6 +267,6 @@ class BMAML(MetaLearner):
             of_each = [self.prediction(o[None], p) for o, p in zip(outputs, alone, strict=True)]
             return torch.stack([self.loss(p, task.query_y) for p in of_each]).mean(), prediction
         with torch.no_grad():
-            evidence = [(seen, support.y), (features, task.query_y)]
+            evidence: Evidence = [known, (features, task.query_y, None)]
             leader = last(self.path(follower, fixed, evidence, self.leader_rate, self.leader_steps))
         return self.chaser_loss(follower, leader), prediction

@@ -92,8 +92,15 @@ def task_features(backbone: nn.Module, task: Task, mode: BatchNormMode, source: 
 
 
 def class_means(values: Tensor, support: Support) -> Tensor:
-    """The mean (ways, …) of what the examples of each class have, (S, …); shots may differ by class."""
+    """The mean (ways, …) of what the examples of each class have, (S, …); shots may differ by class.
+
+    Raises:
+        ValueError: a class has no example; where tasks are mapped over it is not seen.
+    """
     members = support.members().to(values.dtype)
+    if torch._C._functorch.peek_interpreter_stack() is None and not (some := members.any(0)).all():
+        missing = int(some.logical_not().nonzero()[0])
+        raise ValueError(f"class {missing} of {support.ways} has no example in the support set")
     return (members.T @ values) / members.sum(0)[:, None]
 
 

@@ -152,24 +152,29 @@ class MetaLearner(pl.LightningModule):
 
     # What all share -------------------------------------------------------------------------------------------------
 
-    def loss(self, prediction: Prediction, target: Tensor) -> Tensor:
-        """Mean cross-entropy of logits and labels, squared error of values, or negative log-density: a scalar."""
+    def loss(self, prediction: Prediction, target: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of logits and labels, squared error of values, or negative log-density: a scalar.
+
+        Examples of a classification count by ``shares`` (N,), if given.
+        """
         if isinstance(prediction, Mixture):
             return -prediction.log_prob(target).mean()
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        return F.mse_loss(prediction, target) if target.is_floating_point() else F.cross_entropy(prediction, target)
+        if target.is_floating_point():
+            return F.mse_loss(prediction, target)
+        if shares is None:
+            return F.cross_entropy(prediction, target)
+        return (F.cross_entropy(prediction, target, reduction="none") * shares.to(prediction)).mean()
 
-    def support_loss(self, prediction: Tensor, support: Support) -> Tensor:
+    def support_loss(self, prediction: Tensor, support: Support, rows: Tensor | None = None) -> Tensor:
         """``loss`` of predictions (S, …) for a support set, each of whose classes counts alike: shots are no prior.
 
-        With as many examples of each class it is the mean over examples.
+        With as many examples of each class it is the mean over examples. ``rows`` are those of a mini-batch; None: all.
         """
-        if not support.ways:
-            return self.loss(prediction, support.y)
-        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        shots = support.members().sum(0).to(prediction.dtype)
-        share = len(support.y) / support.ways / shots[support.y]
-        return (F.cross_entropy(prediction, support.y, reduction="none") * share).mean()
+        target, shares = support.y, support.shares()
+        if rows is not None:
+            target, shares = target[rows], None if shares is None else shares[rows]
+        return self.loss(prediction, target, shares)
 
     def map(self, function: Callable[[Task], Any], episodes: Episodes) -> Any:
         """``function`` of every task of a meta-batch; its tensors come back with a leading (T,)."""

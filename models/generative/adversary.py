@@ -165,15 +165,21 @@ class Adversary(nn.Module):
         # Autocast leaves images of half precision, which an inner loop in its parameters' precision does not take.
         return self.generator(z).to(x.dtype), divergence
 
-    def discriminator_terms(self, logits: Logits, task: Task, fakes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms of L_D on a task's labelled set and unlabelled images, and the logits (Q, N) of that set."""
+    def discriminator_terms(
+        self, logits: Logits, task: Task, fakes: Tensor, shares: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of L_D on a task's labelled set and unlabelled images, and the logits (Q, N) of that set.
+
+        Labelled images count by ``shares`` (Q,), if given.
+        """
         labelled = logits(task.query_x)
         others: list[Tensor] = [fakes] if task.support.unlabelled is None else [fakes, task.support.unlabelled]
         with recording(None):  # running averages are those of labelled images
             fake, *unlabelled = [realness(logits(x)) for x in others]
         real = torch.cat([realness(labelled), *unlabelled])
+        of_each = F.cross_entropy(promoted(labelled[:, :-1]), task.query_y, reduction="none")
         terms = {
-            "supervised_loss": F.cross_entropy(promoted(labelled[:, :-1]), task.query_y),
+            "supervised_loss": (of_each if shares is None else of_each * shares.to(of_each)).mean(),
             "real_loss": F.softplus(-real).mean(),
             "fake_loss": F.softplus(fake).mean(),
         }

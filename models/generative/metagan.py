@@ -93,7 +93,8 @@ class MetaGAN(GradientLearner):
             def logits(x: Tensor) -> Tensor:
                 return call(self.learner, parameters | fixed, x, self.statistics_source)
 
-            terms, _ = self.adversary.discriminator_terms(logits, Task(support, support.x, support.y), fakes)
+            known = Task(support, support.x, support.y)
+            terms, _ = self.adversary.discriminator_terms(logits, known, fakes, support.shares())
             return self.adversary.discriminator_loss(terms)
 
         path = sgd_path(

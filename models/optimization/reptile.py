@@ -109,7 +109,7 @@ class Reptile(MetaLearner):
 
         def loss(parameters: Parameters, rows: Tensor) -> Tensor:
             outputs = call(self.learner, parameters, support.x[rows], self.statistics_source)
-            return self.loss(outputs, support.y[rows])
+            return self.support_loss(outputs, support, rows)
 
         parameters = self.learner.resize_head({n: p.detach() for n, p in self.start().items()}, support.ways)
         moments, count = self.second_moments(support.ways), self.updates

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 
+from datamodules.core.base import EpisodicDataModule
 from datamodules.images.tasks import ImageClasses, ImageDataModule
+from models.core.learner import MetaLearner
 from models.core.task_kinds import KINDS
 
 FIRST = {"train": 0, "val": 100, "test": 200}
@@ -104,7 +108,7 @@ CHAINS = [
 ]
 MAML_POLICY = [
     *("--model", "models.MAMLPolicy", "--model.observations", "3", "--model.actions", "2", "--model.hidden", "[6]"),
-    *("--model.rollouts", "4", "--model.sampling_correction", "true", *CHAINS),
+    *("--model.rollouts", "4", "--model.sampling_correction", "true", "--model.discounted_steps", "true", *CHAINS),
 ]
 # Learners of reinforcement learning, each with its environments.
 AGENTS = {
@@ -179,3 +183,14 @@ def headline(algorithm: str) -> str:
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The state_dict of a checkpoint."""
     return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def train_for(learner: MetaLearner, data: EpisodicDataModule, steps: int, **settings: Any) -> MetaLearner:
+    """Meta-train, and leave nothing behind."""
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = pl.Trainer(
+        **dict.fromkeys((*quiet, "use_distributed_sampler"), False),
+        **{"max_steps": steps, "accelerator": "cpu", "limit_val_batches": 0, "max_epochs": -1} | settings,
+    )
+    trainer.fit(learner, datamodule=data)
+    return learner

@@ -192,9 +192,9 @@ def test_a_leader_that_is_not_detached_gives_another_gradient():
     learner = small()
     seen = learner.seen(batch[0].support.x)
     particles, fixed = learner.start(3)
-    *_, follower = learner.path(particles, fixed, [(seen, batch[0].support.y)], 1.0, 2)
+    *_, follower = learner.path(particles, fixed, [(seen, batch[0].support.y, None)], 1.0, 2)
     features = learner.seen(batch[0].query_x)
-    evidence = [(seen, batch[0].support.y), (features, batch[0].query_y)]
+    evidence = [(seen, batch[0].support.y, None), (features, batch[0].query_y, None)]
     *_, leader = learner.path(follower, fixed, evidence, 1.0, 1)
     for detached in (True, False):
         learner.zero_grad()
@@ -218,10 +218,10 @@ def test_log_posterior_equals_the_distributions():
     got, expected = [], []
     for m in range(2):
         particle = {n: p[m].detach() for n, p in particles.items()}
-        evidence = [(task.support.x, task.support.y), (task.query_x, task.query_y)]
+        evidence = [(task.support.x, task.support.y, None), (task.query_x, task.query_y, None)]
         got.append(learner.log_posterior(particle, fixed, evidence))
         lam, gam = particle.pop("log_lambda").exp(), particle.pop("log_gamma").exp()
-        x, y = (torch.cat(t) for t in zip(*evidence, strict=True))
+        x, y = (torch.cat([part[k] for part in evidence]) for k in range(2))
         outputs = functional_call(learner.learner, particle, (x,))
         total = Normal(outputs, gam**-0.5).log_prob(y).sum()
         total += sum(Normal(0, lam**-0.5).log_prob(w).sum() for w in particle.values())
@@ -334,7 +334,7 @@ def test_training_leaves_the_running_statistics_of_each_particle(adapt):
     for t in range(len(batch)):
         moved = weight
         if adapt == "all":
-            path = learner.path(particles, fixed, [(batch[t].support.x, batch[t].support.y)], 1.0, 2)
+            path = learner.path(particles, fixed, [(batch[t].support.x, batch[t].support.y, None)], 1.0, 2)
             *_, end = path
             moved, bias = end["backbone.convs.0.weight"], end["backbone.convs.0.bias"]
         for m in range(len(moved)):

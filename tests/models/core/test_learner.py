@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from datamodules import Support
-from models import ANIL, IMAML, MAML, MLP, MetaSGD, ProtoNet
+from models import ABML, ANIL, IMAML, MAML, MLP, Baseline, MetaSGD, ProtoNet, Reptile
 
 DOUBLE = torch.float64
 REPEATED = torch.tensor([0, 0, 0, 0, 1, 2])
@@ -28,12 +28,15 @@ def made(name: str):
         "MetaSGD": lambda: MetaSGD(network, **steps),
         "IMAML": lambda: IMAML(network, inner_rate=0.1, **steps),
         "ProtoNet": lambda: ProtoNet(network),
+        "Reptile": lambda: Reptile(network, outputs=3, inner_rate=0.1, eval_inner_steps=4, eval_inner_batch=6),
+        "ABML": lambda: ABML(network, outputs=3, inner_rate=0.1, inner_kl_weight=0.0),
+        "Baseline": lambda: Baseline(network, classes=7, steps=4, batch=6),
     }
     return learners[name]().double().eval()
 
 
 # LEO's codes are means over pairs of examples, as published.
-@pytest.mark.parametrize("name", ["MAML", "ANIL", "MetaSGD", "IMAML", "ProtoNet"])
+@pytest.mark.parametrize("name", ["MAML", "ANIL", "MetaSGD", "IMAML", "ProtoNet", "Reptile", "ABML", "Baseline"])
 def test_an_example_that_is_there_four_times_adapts_as_once(name):
     """Catches shots that act as a prior: a class is the likelier for having more examples, though they tell nothing."""
     learner, (x, q) = made(name), problem()
@@ -51,3 +54,10 @@ def test_with_as_many_examples_of_each_class_it_is_the_mean():
     of_class = [F.cross_entropy(logits[k == REPEATED], REPEATED[k == REPEATED]) for k in range(3)]
     unequal = learner.support_loss(logits, Support(torch.zeros(6, 4), REPEATED, 3))
     torch.testing.assert_close(unequal, torch.stack(of_class).mean())
+
+
+def test_a_class_without_examples_is_refused():
+    """Catches probabilities that are no numbers, of a class that nobody gave an example of."""
+    learner, (x, _) = made("ProtoNet"), problem()
+    with pytest.raises(ValueError, match="class 1 of 3 has no example"):
+        learner.adapt(Support(x, torch.tensor([0, 2, 0]), 3))

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 
 from datamodules import PointRobot
@@ -18,6 +17,7 @@ from models.reinforcement.policies import mean_where
 from models.reinforcement.replay_buffer import Replay
 from models.reinforcement.trials import run_trial
 from tests.support.environments import Ledges
+from tests.support.toy import train_for
 
 
 class Scripted:
@@ -113,24 +113,15 @@ def test_the_mean_of_what_counts():
     assert torch.equal(mean_where(values, torch.ones_like(values)), values.mean())
 
 
-def trained(learner, data, steps: int, **settings):
-    trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0, **settings,
-    )  # fmt: skip
-    trainer.fit(learner, datamodule=data)
-    return learner
-
-
 def test_pearl_does_not_bootstrap_through_ends(tmp_path):
     """Catches a target that has a value after an end: then falling costs nothing, and the actor falls as it pleases."""
     data = Ledges(
         horizon=8, episodes=1, train_tasks=4, meta_batch_size=4, val_tasks=2, test_tasks=64, eval_batch_size=64
     )
     sizes = {"hidden": 32, "latents": 0, "transitions": 64, "steps_per_iteration": 50, "tasks_per_collection": 4}
-    pl.seed_everything(0)
+    torch.manual_seed(0)
     learner = PEARL(2, 1, **sizes, optimizer=lambda p: torch.optim.Adam(p, 3e-3))
-    trained(learner, data, 600, default_root_dir=tmp_path)
+    train_for(learner, data, 600, default_root_dir=tmp_path)
     batch = data.distribution("test").sample(range(64))
     trial = run_trial(batch, learner.train().agent())  # by samples, as in meta-training
     assert trial.terminated[-1].mean() < 0.35, "with a value after the end 3 of 4 fall"
@@ -156,7 +147,7 @@ def test_units_do_not_matter(make, tmp_path):
     found = []
     for pay in (1.0, 1000.0):
         data = Ledges(pay=pay, offset=2.0, meta_batch_size=6, val_tasks=2, test_tasks=2)
-        learner = trained(make(), data, 3, default_root_dir=tmp_path, precision="64-true")
+        learner = train_for(make(), data, 3, default_root_dir=tmp_path, precision="64-true")
         found.append(learner)
     for (name, one), other in zip(found[0].named_parameters(), found[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, msg=name)
@@ -260,6 +251,6 @@ def test_who_normalises_unless_told(tmp_path):
         data.environment.unscaled = unscaled
         made = rl2()
         made.normalize = normalize
-        trained(made, data, 1, default_root_dir=tmp_path, precision="64-true")
+        train_for(made, data, 1, default_root_dir=tmp_path, precision="64-true")
         assert made.normalizer.on == made.normalizer.begun == on
     assert not PointRobot().environment.unscaled
