@@ -13,7 +13,7 @@ from datamodules.reinforcement.environments import Environment, EnvironmentDataM
 
 
 class Ledge(Environment):
-    """Every step before a fall pays; an action below the task's edge is one. Observed: whether it fell, and the step.
+    """Every step up to a fall pays; an action below the task's edge is one. Observed: whether it fell, and the step.
 
     Args:
         horizon: steps of an episode.
@@ -39,7 +39,7 @@ class Ledge(Environment):
     def step(self, task: Facts, state: Any, action: Tensor, draws: Tensor) -> Step:
         up, step = state
         stays = up * (action[:, 0] >= task["edge"])
-        reward = self.pay * stays
+        reward = self.pay * up  # of the step that falls, too: only what comes after is lost
         return Step((stays, step + 1), reward, reward, 1 - stays, {"height": stays + step, "success": stays})
 
 
