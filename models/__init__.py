@@ -14,7 +14,7 @@ from models.memory.snail import SNAIL
 from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
 from models.metric.relation_net import RelationNet
-from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, ResNet
+from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, ResNet
 from models.networks.wrappers import Averaged, UnitLength
 from models.optimization.anil import ANIL
 from models.optimization.imaml import IMAML
@@ -84,6 +84,7 @@ __all__ = [
     "MetaLearner",
     "MetaSGD",
     "NearestNeighbour",
+    "Network",
     "Pretrained",
     "ProtoNet",
     "ReinforcementLearner",

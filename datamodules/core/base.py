@@ -20,7 +20,7 @@ LISTED = 40  # bytes of a task's number in a list
 
 
 # Settings of networks that data knows.
-NETWORK_SETTINGS = ("observations", "actions", "discrete", "in_channels", "image_size")
+NETWORK_SETTINGS = ("observations", "actions", "discrete", "in_channels", "image_size", "input_shape")
 
 
 class EpisodicDataModule(LightningDataModule):

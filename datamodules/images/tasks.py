@@ -314,7 +314,7 @@ class ImageDataModule(EpisodicDataModule):
             channels, size, _ = self.to_store(Image.new("RGB", (64, 64))).shape
         except NotImplementedError:
             return {}
-        return {"in_channels": channels, "image_size": size}
+        return {"in_channels": channels, "image_size": size, "input_shape": [channels, size, size]}
 
     def task_shape(self) -> dict[str, int]:
         return {"ways": self.ways, "shots": self.shots, "queries": self.queries}

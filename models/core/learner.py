@@ -23,7 +23,8 @@ from models.core.metrics import FINGERPRINT, TaskMetrics, classification_metrics
 from models.core.predictions import Mixture, Prediction
 from models.core.task_kinds import KINDS
 from models.core.task_map import map_tasks
-from models.networks.batch_norm import BatchNorm, BatchNormMode, Statistics, recording
+from models.networks.backbones import Backbone
+from models.networks.batch_norm import BatchNorm, BatchNormMode, Statistics, recording, replace_batch_norm
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -77,6 +78,14 @@ class MetaLearner(pl.LightningModule):
         self.chunk = chunk
         stages = ("train", "val", "test")
         self.metrics = torch.nn.ModuleDict({f"{s}_tasks": TaskMetrics(self.declared_metrics()) for s in stages})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, torch.nn.Module):
+            # Torch's own batch norm heeds none of the modes, and is wrong where tasks are mapped over.
+            for module in value.modules():
+                if isinstance(module, Backbone):
+                    replace_batch_norm(module)
+        super().__setattr__(name, value)
 
     @classmethod
     def declared_metrics(cls) -> dict[str, Metric]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -222,6 +223,64 @@ class Conv2(Backbone):
         return F.local_response_norm(x, 9, alpha=1e-3, beta=0.75, k=1.0)
 
 
+class DropBlock(nn.Module):
+    """Leaves out squares of feature maps in training, more of them from batch to batch (Ghiasi et al., NeurIPS 2018).
+
+    Learn2learn's own counts batches where no checkpoint sees it, in evaluation too, and cannot be mapped over tasks.
+
+    Args:
+        size: of a square, features.
+        rate: share that is left out after ``ramp`` batches; before, in proportion.
+        ramp: batches.
+    """
+
+    def __init__(self, size: int, rate: float, ramp: int = 40_000) -> None:
+        super().__init__()
+        self.size, self.rate, self.ramp = size, rate, ramp
+        self.batches = 0  # a number, since inner loops may not change tensors from outside
+
+    def forward(self, x: Tensor, gamma: float) -> Tensor:
+        """Maps (N, C, H, W); what learn2learn's block makes of its own count as ``gamma`` is not heeded."""
+        if not self.training:
+            return x
+        self.batches += 1
+        side, left = x.shape[2], self.rate * min(1.0, self.batches / self.ramp)
+        share = left / self.size**2 * side**2 / (side - self.size + 1) ** 2
+        corners = torch.rand_like(x[..., self.size - 1 :, self.size - 1 :]) < share
+        kept = 1 - F.max_pool2d(F.pad(corners.to(x.dtype), (self.size - 1,) * 4), self.size, 1)
+        return x * kept * (kept.numel() / kept.sum())
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.batches)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.batches = int(state)
+
+
+class Network(Backbone):
+    """Any module of torch as a backbone: what it makes of a batch, flattened.
+
+    Args:
+        network: from (N, *input_shape) to (N, …).
+        input_shape: of one input; None for that of a run's data.
+    """
+
+    def __init__(self, network: nn.Module, input_shape: Sequence[int] | None = None) -> None:
+        super().__init__()
+        if input_shape is None:
+            raise ValueError("input_shape is None: give the shape of an input, as [1, 28, 28]")
+        self.network, self.input_shape = replace_batch_norm(nn.Sequential(network)), tuple(input_shape)
+        like = next(self.network.parameters(), torch.zeros(()))
+        try:
+            with torch.no_grad():
+                self.out_features = self(like.new_zeros(2, *self.input_shape)).shape[1]
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{type(network).__name__} does not take inputs of {self.input_shape}: {error}") from error
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x).flatten(1)
+
+
 class Learn2Learn(Backbone):
     """A backbone of learn2learn's, with our batch norm in place of its own.
 
@@ -252,6 +311,9 @@ class Learn2Learn(Backbone):
             body = l2l.ResNet12Backbone() if name == "resnet12" else l2l.WRN28Backbone()
             self.out_features = 640
         self.input_shape = (in_channels, image_size, image_size)
+        for block in body.modules():
+            if getattr(block, "drop_block", False):
+                block.DropBlock = DropBlock(block.block_size, block.drop_rate)  # pyright: ignore
         self.body = replace_batch_norm(body)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -150,6 +150,9 @@ def replace_batch_norm(module: nn.Module) -> nn.Module:
                 own.weight, own.bias = child.weight, child.bias
             else:
                 own.requires_grad_(False)
+            if child.track_running_stats:
+                own.running_mean, own.running_var = child.running_mean, child.running_var
+            own.train(child.training)
             setattr(module, name, own)
         else:
             replace_batch_norm(child)
