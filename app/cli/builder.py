@@ -18,8 +18,9 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt
-from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.callbacks import ProgressBar, StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
@@ -279,6 +280,16 @@ class MetaboltCLI(LightningCLI):
         if (problem := self.model.check(self.datamodule)) is not None:
             raise ConfigError(problem)
         trainer_settings = self._get(self.config_init, "trainer")
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ConfigError(
+                f"what is measured would be lost with the processes of --trainer.strategy "
+                f"{trainer_settings.get('strategy')}: give ddp"
+            )
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+            raise ConfigError(
+                "StochasticWeightAveraging averages over epochs, and a run is one stream of tasks: give "
+                "EMAWeightAveraging, or WeightAveraging"
+            )
         own = trainer_settings.get("gradient_clip_val") or (trainer_settings.get("accumulate_grad_batches") or 1) > 1
         if own and not self.model.automatic_optimization:
             raise ConfigError(
@@ -442,6 +453,8 @@ def run(cli: MetaboltCLI) -> None:
             rank_zero_info(f"no checkpoint of {cli.setting('name')!r} yet: starting from the beginning")
         with shared_with_children():
             trainer.fit(ckpt_path=checkpoint, **common)
+        # These would put back the weights that were averaged, which a checkpoint of theirs has beside the average.
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightAveraging)]  # pyright: ignore
         best = cli.run_dir / CHECKPOINTS / "best.ckpt"
         checkpoint = best if best.is_file() and not trainer.fast_dev_run else None
         trainer.test(ckpt_path=checkpoint, verbose=False, **common)

@@ -84,8 +84,12 @@ def refusal(error: Exception, config: Any = None) -> Exception:
         error: anything that was raised.
         config: the complete configuration, in which the setting is looked for.
     """
+    met = {id(error)}  # causes may go in circles
     while isinstance(error.__cause__, Exception) and not isinstance(error, (ConfigError, DataError)):
         error = error.__cause__  # the parser wraps what a constructor says in an account of all that it tried
+        if id(error) in met:
+            break
+        met.add(id(error))
     if isinstance(error, (ConfigError, DataError, DownloadError)):
         return ConfigError(str(error))
     if not _mendable(error):

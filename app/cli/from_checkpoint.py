@@ -17,7 +17,8 @@ import yaml
 from app.cli.builder import MetaboltCLI
 from datamodules import DATA
 from datamodules.core.errors import ConfigError
-from models.core.checkpoint_io import CHECKPOINTS, load_checkpoint
+from models.core.checkpoint_io import CHECKPOINTS, load_checkpoint, refuse_foreign
+from models.core.from_checkpoint import configuration_of
 from models.core.learner import MetaLearner
 from models.networks.batch_norm import BatchNormMode
 
@@ -110,16 +111,17 @@ def open_checkpoint(path: Path) -> Trained:
         content = load_checkpoint(path)
     except (OSError, AttributeError) as error:  # a file cut in two, or of another kind
         raise ConfigError(f"{path} is not a checkpoint ({type(error).__name__}): give another file") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise ConfigError(f"{path} is not a checkpoint of a run (it holds no state_dict): give another file")
+    refuse_foreign(content, path)
     trained = Trained(path, content, {})
     text = content.get("config")
     beside = trained.run_dir / "config.yaml"
     if text is None and beside.is_file():
         text = beside.read_text()
-    config = yaml.safe_load(text) if isinstance(text, str) else None
-    if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
+    if text is None:
         raise ConfigError(f"{path} carries no configuration, and there is none at {beside}: give a run's checkpoint")
+    config = configuration_of(text, path)
+    if "data" not in config:
+        raise ConfigError(f"{path} was trained on no data that its configuration names: give a run's checkpoint")
     return Trained(path, content, config)
 
 

@@ -82,6 +82,10 @@ def explain(parser: LightningArgumentParser, message: str) -> str:
         near = difflib.get_close_matches(given.rsplit(".", 1)[-1].lower(), list(known), 1, 0.6)
         if near:
             return f"unknown class {given!r}: did you mean {known[near[0]]!r}?"
+    if (found := re.search(r"Import path (\S+) does not correspond to a subclass of Backbone", text)) and "." in found[
+        1
+    ]:
+        return f"{found[1]} is no Backbone: give --model.backbone models.Network --model.backbone.network {found[1]}"
     names = valid_names(parser)
     if found := re.search(r"unrecognized arguments: --([\w.]+)", text):
         near = difflib.get_close_matches(found[1], names, 1, 0.7)

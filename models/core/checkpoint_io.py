@@ -44,7 +44,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         # As Lightning's own: what a GPU wrote loads where there is none, and the strategy moves it on.
-        return load_checkpoint(path, "cpu" if map_location is None else map_location)
+        content = load_checkpoint(path, "cpu" if map_location is None else map_location)
+        refuse_foreign(content, path)
+        return content
 
 
 def sealed(archive: bytes) -> bytes:
@@ -80,6 +82,16 @@ def refuse_damaged(path: str | Path) -> None:
                 whole = tail[-_END_SIZE:].startswith(_END) and archive.testzip() is None
     if not whole:
         raise ConfigError(f"{path} is damaged, its checksum is another than when it was written: give another file")
+
+
+def refuse_foreign(content: Any, path: str | Path) -> None:
+    """See whether what a file holds is a checkpoint of a run.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ConfigError(f"{path} is not a checkpoint of a run (it holds no state_dict): give another file")
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

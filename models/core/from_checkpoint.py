@@ -9,8 +9,35 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from datamodules.core.errors import ConfigError
-from models.core.checkpoint_io import load_checkpoint
+from models.core.checkpoint_io import load_checkpoint, refuse_foreign
 from models.core.learner import MetaLearner
+
+
+def configuration_of(text: Any, path: Any) -> dict[str, Any]:
+    """The configuration that a checkpoint carries, from its text: what learner, what data.
+
+    Nothing in it is executed: tags of YAML that would make objects are refused.
+
+    Raises:
+        ConfigError: it is no text, no YAML, or names no learner.
+    """
+    wrong = f"{path} carries no configuration of a learner"
+    cure = "give a checkpoint of train.py"
+    if not isinstance(text, str):
+        raise ConfigError(f"{wrong}: {cure}")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{wrong} ({' '.join(str(error).split())[:120]}): {cure}") from error
+    for part in ("model", "data"):
+        named = config.get(part) if isinstance(config, dict) else None
+        if part == "data" and isinstance(config, dict) and part not in config:
+            continue  # to load a learner it is not needed
+        if not isinstance(named, dict) or not isinstance(named.get("class_path"), str):
+            raise ConfigError(f"{wrong} (its {part} is {str(named)[:60]}): {cure}")
+        if not isinstance(named.get("init_args") or {}, dict):
+            raise ConfigError(f"{wrong} (its {part}'s settings are {str(named['init_args'])[:60]}): {cure}")
+    return config
 
 
 def load(path: str | Path, map_location: Any = "cpu", **settings: Any) -> MetaLearner:
@@ -27,11 +54,9 @@ def load(path: str | Path, map_location: Any = "cpu", **settings: Any) -> MetaLe
     if not Path(path).is_file():
         raise ConfigError(f"no checkpoint at {path}: give a file, as runs/<name>/checkpoints/best.ckpt")
     content = load_checkpoint(path, map_location)
-    try:
-        config = yaml.safe_load(content["config"])["model"]
-        config["init_args"] = (config.get("init_args") or {}) | settings
-    except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} carries no configuration of a learner: give a checkpoint of train.py") from error
+    refuse_foreign(content, path)
+    config = configuration_of(content.get("config"), path)["model"]
+    config["init_args"] = (config.get("init_args") or {}) | settings
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(MetaLearner, "model")
     try:

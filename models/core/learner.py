@@ -88,6 +88,22 @@ class MetaLearner(pl.LightningModule):
         super().__setattr__(name, value)
 
     @classmethod
+    def load_from_checkpoint(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, checkpoint_path: Any, map_location: Any = "cpu", **settings: Any
+    ) -> MetaLearner:
+        """A trained learner of this class, see ``models.load``.
+
+        Raises:
+            ConfigError: no such checkpoint, or one of something else.
+        """
+        from models.core.from_checkpoint import load  # which knows all learners
+
+        learner = load(checkpoint_path, map_location, **settings)
+        if not isinstance(learner, cls):
+            raise ConfigError(f"{checkpoint_path} is of {type(learner).__name__}, not of {cls.__name__}")
+        return learner
+
+    @classmethod
     def declared_metrics(cls) -> dict[str, Metric]:
         """All that may be measured of a task, by name: of its kinds of task, and each class's own."""
         declared = {"loss": Metric("lower")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from typing import get_args
 
 import pytest
@@ -266,3 +267,15 @@ def test_shots_are_information_and_no_prior(name, tmp_path):
     assert right["five"] / asked > right["one"] / asked - 3 * error
     # Above a third, since a mean of five examples is nearer to what it is the mean of than one example is.
     assert called / asked < 0.45
+
+
+@EVERY
+def test_copies_and_pickles(name, tmp_path):
+    """Catches a learner of the command line that holds its parser, or anything else that cannot be copied: weight
+    averaging, and processes that are started otherwise, take copies."""
+    model = learner(name, tmp_path)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+        if any(p.requires_grad for p in other.parameters()):
+            other.configure_optimizers()

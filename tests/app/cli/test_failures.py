@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import models
 from app.cli.builder import main
 from app.cli.failures import one_line_errors
-from datamodules.core.errors import DataError
+from app.evaluate import main as evaluate
+from app.predict import main as predict
+from datamodules.core.errors import ConfigError, DataError
 from models import ProtoNet
+from models.core.checkpoint_io import load_checkpoint
 from tests.support.toy import command
 
 
@@ -156,3 +163,118 @@ def test_advice_is_one_that_the_learner_takes(algorithm: str, capsys, tmp_path: 
     if "max_grad_norm" in line:
         advised = command(algorithm, tmp_path, "--model.max_grad_norm", "1", steps=1)
         main([*advised, "--trainer.fast_dev_run", "true"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"],
+            "processes of --trainer.strategy ddp_spawn: give ddp",
+        ),
+        (
+            ["--trainer.callbacks", "StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.01"],
+            "a run is one stream of tasks: give EMAWeightAveraging",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:(?s).*Unable to serialize instance")  # the device among its settings
+def test_what_would_lose_its_results_is_refused(flags, said, tmp_path, capsys):
+    """Catches a training whose results are lost at its end, and averages that never begin."""
+    with pytest.raises(SystemExit):
+        main(command("ProtoNet", tmp_path, *flags))
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_averaged_weights_are_what_is_tested(tmp_path):
+    """Catches an average of weights that is trained and thrown away."""
+    average = ["--trainer.callbacks", "EMAWeightAveraging", "--trainer.callbacks.decay", "0.5"]
+    main(command("ProtoNet", tmp_path / "plain", steps=8))
+    main(command("ProtoNet", tmp_path / "mean", *average, steps=8))
+    plain, mean = (
+        json.loads((tmp_path / run / "protonet" / "results.json").read_text())["metrics"]["nll"]["mean"]
+        for run in ("plain", "mean")
+    )
+    assert plain != mean
+
+
+@pytest.mark.parametrize("kind", [models.ProtoNet, models.MAML])
+def test_lightnings_own_way_to_load(kind, tmp_path):
+    """Catches a checkpoint that Lightning's method loads for want of nothing, or as another learner."""
+    main(command("ProtoNet", tmp_path, steps=2))
+    path = tmp_path / "protonet" / "checkpoints" / "last.ckpt"
+    if kind is models.ProtoNet:
+        learner = kind.load_from_checkpoint(path)
+        assert all(torch.equal(v, load_checkpoint(path)["state_dict"][n]) for n, v in learner.state_dict().items())
+    else:
+        with pytest.raises(ConfigError, match="is of ProtoNet, not of MAML"):
+            kind.load_from_checkpoint(path)
+
+
+DAMAGES = {
+    "no text": lambda c: c | {"config": 3},
+    "not YAML": lambda c: c | {"config": "{: ["},
+    "a number": lambda c: c | {"config": "7"},
+    "nothing": lambda c: c | {"config": ""},
+    "no configuration": lambda c: {k: v for k, v in c.items() if k != "config"},
+    "no model": lambda c: c | {"config": "data: {}"},
+    "model null": lambda c: c | {"config": re.sub(r"(?ms)^model:.*?(?=^\w)", "model: null\n", c["config"])},
+    "a list": lambda c: c | {"config": "- model\n- data"},
+    "settings a list": lambda c: c | {"config": "model:\n  class_path: models.ProtoNet\n  init_args: [1]\ndata: []\n"},
+    "python tag": lambda c: (
+        c | {"config": "model: !!python/object/apply:pathlib.Path.touch [executed]\n" + c["config"]}
+    ),
+    "another learner": lambda c: c | {"config": c["config"].replace("models.ProtoNet", "models.RelationNet")},
+    "unknown learner": lambda c: c | {"config": c["config"].replace("models.ProtoNet", "models.Nothing")},
+    "unknown data": lambda c: c | {"config": c["config"].replace("tests.support.toy.ToyImages", "datamodules.Nothing")},
+    "another shape": lambda c: (
+        c | {"state_dict": {k: v.repeat(2) if v.dim() == 1 else v for k, v in c["state_dict"].items()}}
+    ),
+    "fewer tensors": lambda c: c | {"state_dict": dict(list(c["state_dict"].items())[1:])},
+    "no tensors": lambda c: c | {"state_dict": None},
+    "no state": lambda c: {k: v for k, v in c.items() if k != "state_dict"},
+    "a list of all": lambda c: [c],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_foreign_and_damaged_configurations_are_one_line(damage, tmp_path, monkeypatch, capsys):
+    """Catches a traceback for a checkpoint that is not what it should be, and above all one whose configuration is
+    executed: a marker file would be there."""
+    monkeypatch.chdir(tmp_path)
+    main(command("ProtoNet", tmp_path / "runs", steps=2))
+    path = tmp_path / "runs" / "protonet" / "checkpoints" / "last.ckpt"
+    content = DAMAGES[damage](load_checkpoint(path))
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save(content, foreign)
+    (tmp_path / "support" / "a").mkdir(parents=True)
+    Image.new("L", (16, 16)).save(tmp_path / "support" / "a" / "1.png")
+    commands = {
+        "evaluate": lambda: evaluate(["--ckpt_path", str(foreign), "--out", "out"]),
+        "predict": lambda: predict(["--ckpt_path", str(foreign), "--support", "support", "--query", "support"]),
+        "resume": lambda: main(command("ProtoNet", tmp_path / "more", "--ckpt_path", str(foreign), steps=4)),
+        "load": lambda: models.load(foreign),
+    }
+    capsys.readouterr()
+    for which, run in commands.items():
+        # A resume heeds the command line, not the checkpoint's configuration.
+        if which == "resume" and damage not in (
+            "another shape",
+            "fewer tensors",
+            "no tensors",
+            "no state",
+            "a list of all",
+        ):
+            continue
+        if which == "load":
+            if damage != "unknown data":
+                with pytest.raises(ConfigError) as refused:
+                    run()
+                assert "\n" not in str(refused.value)
+            continue
+        with pytest.raises(SystemExit) as stopped:
+            run()
+        said = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2, (which, said)
+        assert said[-1].startswith("error: ") and not any("Traceback" in line for line in said), (which, said)
+    assert not (tmp_path / "executed").exists()
