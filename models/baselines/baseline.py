@@ -14,7 +14,7 @@ from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import ConfigError, at_least
 from models.core.base_learner import Parameters
 from models.core.embedding_learner import Embedded, EmbeddingLearner
-from models.core.inner_loop import Adapted, adapted, call, class_means, inner_gradient, mini_batches, query
+from models.core.inner_loop import Adapted, adapted, call, class_means, inner_gradient, query, shuffled_passes
 from models.core.learner import Paper
 from models.networks.backbones import Backbone
 
@@ -35,8 +35,10 @@ class Baseline(EmbeddingLearner):
         adaptation: "head", SGD on the head as published; "all", on the backbone too; "centroid", the nearest mean of
             embeddings without any training; "logistic", the optimum of logistic regression on embeddings of unit
             length, its weights (not its biases) under a Gaussian prior of variance 1 (Tian et al., ECCV 2020).
-        scale: of cosines: 10 in the reference code for more than 200 classes, else 2.
-        steps, batch: mini-batches in the training of a task, and examples of each.
+        scale: of cosines in meta-training, 10 in the reference code for more than 200 classes.
+        task_scale: of cosines of a task's head, 2 there since it has fewer.
+        passes, batch: over the support set in the training of a task, and examples of a mini-batch; the last one of a
+            pass has what is left.
         rate, momentum, dampening, weight_decay: of its SGD; by default as in the reference code.
         batch_norm, **others: see MetaLearner.
     """
@@ -56,7 +58,8 @@ class Baseline(EmbeddingLearner):
         head: Literal["linear", "cosine"] = "linear",
         adaptation: Literal["head", "all", "centroid", "logistic"] = "head",
         scale: float = 10.0,
-        steps: int = 100,
+        task_scale: float = 2.0,
+        passes: int = 100,
         batch: int = 4,
         rate: float = 0.01,
         momentum: float = 0.9,
@@ -66,10 +69,11 @@ class Baseline(EmbeddingLearner):
     ) -> None:
         super().__init__(backbone, **others)
         at_least(1, classes=classes, batch=batch)
-        at_least(0, steps=steps)
+        at_least(0, passes=passes)
         self.classifier = nn.Linear(backbone.out_features, classes, bias=head == "linear")
-        self.classes, self.kind, self.method, self.scale = classes, head, adaptation, scale
-        self.steps, self.batch, self.rate = steps, batch, rate
+        self.classes, self.kind, self.method = classes, head, adaptation
+        self.scale, self.task_scale = scale, task_scale
+        self.passes, self.batch, self.rate = passes, batch, rate
         self.momentum, self.dampening, self.weight_decay = momentum, dampening, weight_decay
 
     def setup(self, stage: str) -> None:
@@ -92,15 +96,18 @@ class Baseline(EmbeddingLearner):
         with_queries = torch.cat([task.support.x, task.query_x]), torch.cat([task.support.y, task.query_y])
         weights: Parameters = dict(self.classifier.named_parameters())
         z = call(self.backbone, {}, with_queries[0], self.statistics_source)
-        outputs = self.compare(weights, z)
+        outputs = self.head(weights, z, self.scale)
         return self.loss(outputs, with_queries[1]), outputs[len(task.support.y) :]
 
     # A task: its own head -------------------------------------------------------------------------------------------
 
     def compare(self, summary: Parameters, z: Tensor) -> Tensor:
-        """Logits (N, rows) of embeddings (N, features) under a head."""
+        return self.head(summary, z, self.task_scale)
+
+    def head(self, summary: Parameters, z: Tensor, scale: float) -> Tensor:
+        """Logits (N, rows) of embeddings (N, features) under a head, cosines times ``scale``."""
         if self.kind == "cosine":
-            return self.scale * F.normalize(z, dim=-1) @ F.normalize(summary["weight"], dim=-1).T
+            return scale * F.normalize(z, dim=-1) @ F.normalize(summary["weight"], dim=-1).T
         return F.linear(z, summary["weight"], summary["bias"])
 
     def first_head(self, z: Tensor, support: Support) -> Parameters:
@@ -135,7 +142,8 @@ class Baseline(EmbeddingLearner):
         """Stochastic gradient descent on mini-batches, the same ones for every task."""
         device = next(iter(parameters.values())).device
         velocity: Parameters = {}
-        for rows in mini_batches(examples, self.batch, self.steps, device, torch.Generator(device).manual_seed(0)):
+        generator = torch.Generator(device).manual_seed(0)
+        for rows in shuffled_passes(examples, self.batch, self.passes, device, generator):
             gradient = inner_gradient(loss, parameters, rows)
             gradient = {n: g + self.weight_decay * parameters[n] for n, g in gradient.items()}
             damped = 1 - self.dampening if velocity else 1.0

@@ -165,6 +165,14 @@ def mini_batches(
     return order.flatten()[: steps * batch].view(steps, batch)
 
 
+def shuffled_passes(
+    examples: int, batch: int, passes: int, device: Any, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Which examples each step takes, (batch,): passes through shuffled ones, whose last step takes what is left."""
+    for _ in range(passes):
+        yield from torch.rand(examples, generator=generator, device=device).argsort().split(batch)
+
+
 def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
     """A scalar of this value whose gradient is that of ``surrogate``."""
     return value.detach() + surrogate - surrogate.detach()

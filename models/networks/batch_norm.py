@@ -17,7 +17,7 @@ BatchNormMode = Literal["transductive", "support", "per_query", "running", "none
 transductive: the batch of queries itself, so a prediction depends on the other queries (MAML as published).
 support: the task's support set under the adapted parameters (MetaBN; Bronskill et al., ICML 2020).
 per_query: the support set and this one query, a pass for every query (Reptile without transduction; Nichol et al.,
-    2018). In meta-training the same as transductive.
+    2018). Gradient learners do so in meta-training, too; embedding learners take support set and queries at once.
 running: averages over meta-training (Ioffe and Szegedy, 2015), as Prototypical Networks use them.
 none: no normalisation; scale and shift remain.
 """

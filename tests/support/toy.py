@@ -74,7 +74,7 @@ ALGORITHMS = {
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "Baseline": [
         *("--model", "models.Baseline", *BACKBONE, "--model.classes", "12"),
-        *("--model.steps", "5", "--model.batch", "64", "--model.rate", "0.1"),
+        *("--model.passes", "5", "--model.batch", "64", "--model.rate", "0.1"),
     ],
     "NearestNeighbour": ["--model", "models.NearestNeighbour"],
     "LEO": ["--model", "models.LEO", *BACKBONE, "--model.latents", "6", "--model.chunk", "1"],

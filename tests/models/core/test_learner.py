@@ -30,7 +30,7 @@ def made(name: str):
         "ProtoNet": lambda: ProtoNet(network),
         "Reptile": lambda: Reptile(network, outputs=3, inner_rate=0.1, eval_inner_steps=4, eval_inner_batch=6),
         "ABML": lambda: ABML(network, outputs=3, inner_rate=0.1, inner_kl_weight=0.0),
-        "Baseline": lambda: Baseline(network, classes=7, steps=4, batch=6),
+        "Baseline": lambda: Baseline(network, classes=7, passes=4, batch=6),
     }
     return learners[name]().double().eval()
 
