@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -67,8 +69,58 @@ def _run_of(folder: Path) -> Path:
     return folder.parent.parent if folder.parent.name == EVALUATIONS else folder
 
 
+OF_A_SEED = ("seed_everything", "name", "runs", "wandb", "project", "pictures", "debug")
+
+
+def over_seeds(evaluations: Sequence[Evaluation]) -> list[list[int]]:
+    """Places of evaluations whose runs differ by nothing but the seed of their weights, two or more in each group."""
+    groups: dict[str, list[int]] = {}
+    for place, one in enumerate(evaluations):
+        file = _run_of(one.folder) / "config.yaml"
+        try:
+            config = yaml.safe_load(file.read_text())
+            kept = {k: v for k, v in config.items() if k not in OF_A_SEED}
+        except (OSError, AttributeError, UnicodeDecodeError, yaml.YAMLError):
+            continue  # of a run that is not there any more
+        of_folder = one.folder.name if one.folder.absolute().parent.name == EVALUATIONS else ""
+        groups.setdefault(json.dumps([of_folder, kept], sort_keys=True, default=str), []).append(place)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def seed_means(evaluations: Sequence[Evaluation], names: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    """Means of groups of runs over their seeds, and paired differences of each two groups.
+
+    A mean's interval is over tasks, of each task's mean over seeds: what other tasks would give these runs. Its
+    deviation is over seeds: what other seeds would give on these tasks.
+    """
+    groups = over_seeds(evaluations)
+    common = [os.path.commonprefix([names[i] for i in group]) for group in groups]  # noqa: RUF071 (names, not paths)
+    labels_of = [f"{c.rstrip('-_/ ') or names[g[0]]} ×{len(g)}" for c, g in zip(common, groups, strict=True)]
+    means, of_tasks = [], []
+    for label, group in zip(labels_of, groups, strict=True):
+        several = [evaluations[i] for i in group]
+        found = [aggregate(one.metrics, one.declared) for one in several]
+        tables, told = {}, {}
+        for metric in found[0]:
+            if f"{metric}_ci95" not in found[0] or any(metric not in other for other in found):
+                continue
+            values = torch.tensor([other[metric] for other in found], dtype=torch.float64)
+            told[metric] = _numbers(values.mean().item(), math.nan) | {"seed_deviation": values.std().item()}
+            if metric in several[0].metrics and len({len(one.metrics[metric]) for one in several}) == 1:
+                tables[metric] = torch.stack([one.metrics[metric].double() for one in several]).mean(0)
+                told[metric] |= _numbers(*interval(tables[metric]))
+        means.append({"learner": label, "runs": [names[i] for i in group], "metrics": told})
+        of_tasks.append(tables)
+    differences = []
+    for i, j in itertools.combinations(range(len(groups)), 2):
+        shared = [m for m in of_tasks[i] if m in of_tasks[j] and len(of_tasks[i][m]) == len(of_tasks[j][m])]
+        told = {m: _numbers(*interval(of_tasks[i][m] - of_tasks[j][m])) for m in shared}
+        differences.append({"learner": labels_of[i], "minus": labels_of[j], "metrics": told})
+    return means, differences
+
+
 def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Metrics of each learner and paired differences of each two, ready for JSON.
+    """Metrics of each learner and paired differences of each two, ready for JSON; likewise of runs over their seeds.
 
     Raises:
         ConfigError: they were not tested on the same tasks.
@@ -91,7 +143,9 @@ def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
                 told[metric] = _numbers(*difference(one.declared[of], one.metrics[of], other.metrics[of]))
         differences.append({"learner": name, "minus": other_name, "metrics": told})
     shared = {key: evaluations[0].about.get(key) for key in SETTINGS}
-    return {**shared, "learners": learners, "differences": differences}
+    of_seeds, seed_differences = seed_means(evaluations, names)
+    content = {**shared, "learners": learners, "differences": differences}
+    return content | {"over_seeds": of_seeds, "seed_differences": seed_differences}
 
 
 def _numbers(mean: float, half: float) -> dict[str, float | None]:
@@ -112,9 +166,13 @@ def show(content: dict[str, Any], declared: Mapping[str, Metric], console: Conso
     for key, title, heading in (
         ("learners", over, "mean ± 95 % interval"),
         ("differences", "Paired differences", "first - second ± 95 % interval"),
+        ("over_seeds", "Over seeds", "mean ± 95 % interval over tasks (deviation over seeds)"),
+        ("seed_differences", "Paired differences of means over seeds", "first - second ± 95 % interval"),
     ):
+        if not content[key]:
+            continue
         table = Table(title=title, title_justify="left")
-        for column in ("metric", "learner" if key == "learners" else "first - second"):
+        for column in ("metric", "learner" if key in ("learners", "over_seeds") else "first - second"):
             table.add_column(column, overflow="fold")
         table.add_column(heading, justify="right")
         for name in names:
@@ -122,6 +180,8 @@ def show(content: dict[str, Any], declared: Mapping[str, Metric], console: Conso
             for row in rows:
                 label = f"{row['learner']} - {row['minus']}" if "minus" in row else row["learner"]
                 text = _text(declared[name], row["metrics"][name], signed="minus" in row)
+                if (deviation := row["metrics"][name].get("seed_deviation")) is not None:
+                    text += f" ({declared[name].text(deviation, 0.0).split(' ')[0]})"
                 table.add_row(name if row is rows[0] else "", label, text, end_section=row is rows[-1])
         console.print(table)
     console.print("* the interval excludes zero; each is by itself, whatever the number of pairs", highlight=False)
@@ -132,7 +192,7 @@ def as_csv(content: dict[str, Any]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["learner", "minus", "metric", "mean", "ci95"])
-    for row in (*content["learners"], *content["differences"]):
+    for row in (row for key in ("learners", "differences", "over_seeds", "seed_differences") for row in content[key]):
         for name, metric in row["metrics"].items():
             writer.writerow([row["learner"], row.get("minus", ""), name, metric["mean"], metric["ci95"]])
     return text.getvalue()

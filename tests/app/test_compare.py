@@ -351,3 +351,34 @@ def test_environments_of_other_arguments_are_refused(tmp_path: Path):
     refuse_other_settings(told[:2], ["a", "b"])
     with pytest.raises(ConfigError, match=r"environment .*Corridor"):
         refuse_other_settings(told[1:], ["b", "c"])
+
+
+def test_runs_that_differ_by_seed_are_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Catches seeds that are counted as tasks, runs of other settings in one mean, and differences that are not of the
+    same tasks: by NumPy from the tables."""
+    data, g, tables = toy(), torch.Generator().manual_seed(0), {}
+    for rate in (0.1, 0.2):
+        for seed in (1, 2, 3):
+            folder = tmp_path / f"maml-{rate}-seed{seed}"
+            tables[rate, seed] = torch.rand(12, generator=g)
+            guessed(folder, data, accuracy=tables[rate, seed])
+            (folder / "config.yaml").write_text(
+                f"seed_everything: {seed}\nname: {folder.name}\nmodel: {{rate: {rate}}}\n"
+            )
+    guessed(tmp_path / "alone", data, accuracy=torch.rand(12, generator=g))
+    (tmp_path / "alone" / "config.yaml").write_text("seed_everything: 1\nmodel: {rate: 0.3}\n")
+    content = compare([Evaluation.load(folder) for folder in sorted(tmp_path.iterdir())])
+    assert [row["learner"] for row in content["over_seeds"]] == ["maml-0.1-seed ×3", "maml-0.2-seed ×3"]
+    by_task = [np.mean([tables[rate, seed].double().numpy() for seed in (1, 2, 3)], 0) for rate in (0.1, 0.2)]
+    for row, rate, mean in zip(content["over_seeds"], (0.1, 0.2), by_task, strict=True):
+        told = row["metrics"]["accuracy"]
+        assert told["mean"] == pytest.approx(mean.mean())
+        half = 1.96 * mean.std(ddof=1) / 12**0.5
+        assert told["ci95"] == pytest.approx(half, rel=1e-3)
+        of_seeds = [tables[rate, seed].double().mean().item() for seed in (1, 2, 3)]
+        assert told["seed_deviation"] == pytest.approx(np.std(of_seeds, ddof=1))
+    (difference_of,) = content["seed_differences"]
+    apart = by_task[0] - by_task[1]
+    assert difference_of["metrics"]["accuracy"]["mean"] == pytest.approx(apart.mean())
+    half = 1.96 * apart.std(ddof=1) / 12**0.5
+    assert difference_of["metrics"]["accuracy"]["ci95"] == pytest.approx(half, rel=1e-3)
