@@ -139,7 +139,7 @@ class Trials:
         for t in range(self.steps):
             if t % horizon == 0:
                 state = environment.start(task, starts[:, t // horizon])
-            state, reward, _ = environment.step(task, state, self.actions[t], moves[:, t])
+            state, reward, *_ = environment.step(task, state, self.actions[t], moves[:, t])
             observations.append(environment.observe(task, state))
             rewards.append(reward)
         return observations, rewards
