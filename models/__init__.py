@@ -6,7 +6,6 @@ from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
-from models.core.from_checkpoint import load
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained
 from models.generative.metagan import MetaGAN, MetaGANRelation
@@ -55,6 +54,9 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
+
+load = MetaLearner.load_from_checkpoint
+"""A trained learner, of whatever algorithm, from its checkpoint alone."""
 
 __all__ = [
     "ABML",

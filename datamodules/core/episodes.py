@@ -42,10 +42,14 @@ class Support:
         return self.y[:, None] == torch.arange(self.ways, device=self.y.device)
 
     def shares(self) -> Tensor | None:
-        """Weights (S,) of mean 1 by which all classes count alike, float32: shots are no prior; None for regression."""
+        """Weights (S,) of mean 1 by which all classes count alike: shots are no prior; None for regression.
+
+        Of double precision where the device has it, so that whoever computes in it loses nothing.
+        """
         if not self.ways:
             return None
-        return len(self.y) / self.ways / self.members().sum(0).float()[self.y]
+        precise = torch.float32 if self.y.device.type == "mps" else torch.float64
+        return len(self.y) / self.ways / self.members().sum(0).to(precise)[self.y]
 
 
 @dataclass(frozen=True)

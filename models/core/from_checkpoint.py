@@ -10,7 +10,6 @@ from jsonargparse import ArgumentParser, Namespace
 
 from datamodules.core.errors import ConfigError
 from models.core.checkpoint_io import load_checkpoint, refuse_foreign
-from models.core.learner import MetaLearner
 
 
 def configuration_of(text: Any, path: Any) -> dict[str, Any]:
@@ -40,17 +39,8 @@ def configuration_of(text: Any, path: Any) -> dict[str, Any]:
     return config
 
 
-def load(path: str | Path, map_location: Any = "cpu", **settings: Any) -> MetaLearner:
-    """The learner of a checkpoint with its weights, in evaluation mode; its own data and run need not be there.
-
-    Args:
-        path: ``runs/<name>/checkpoints/best.ckpt``, or any other checkpoint that train.py wrote.
-        map_location: where its tensors go.
-        settings: of the learner, over those that it was trained with: ``eval_inner_steps=10``.
-
-    Raises:
-        ConfigError: no such checkpoint, or one of another program.
-    """
+def build(kind: type, path: str | Path, map_location: Any, settings: dict[str, Any]) -> Any:
+    """The learner of a checkpoint with its weights, see ``MetaLearner.load_from_checkpoint``."""
     if not Path(path).is_file():
         raise ConfigError(f"no checkpoint at {path}: give a file, as runs/<name>/checkpoints/best.ckpt")
     content = load_checkpoint(path, map_location)
@@ -58,12 +48,12 @@ def load(path: str | Path, map_location: Any = "cpu", **settings: Any) -> MetaLe
     config = configuration_of(content.get("config"), path)["model"]
     config["init_args"] = (config.get("init_args") or {}) | settings
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(MetaLearner, "model")
+    parser.add_subclass_arguments(kind, "model")
     try:
         learner: Any = parser.instantiate_classes(parser.parse_object(Namespace(model=config))).model
         learner.on_load_checkpoint(content)
         learner.load_state_dict(content["state_dict"])
     except Exception as error:  # whatever a constructor or the parser says of a configuration that does not fit
         text = " ".join(str(error).split())
-        raise ConfigError(f"{path} does not make a learner: {text[:300]}") from error
+        raise ConfigError(f"{path} does not make a {kind.__name__}: {text[:300]}") from error
     return learner.to(map_location).eval()

@@ -19,6 +19,7 @@ from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import ConfigError
 from datamodules.core.metric import Metric
 from models.core.base_learner import BaseLearner
+from models.core.from_checkpoint import build
 from models.core.metrics import FINGERPRINT, TaskMetrics, classification_metrics, regression_metrics
 from models.core.predictions import Mixture, Prediction
 from models.core.task_kinds import KINDS
@@ -91,17 +92,17 @@ class MetaLearner(pl.LightningModule):
     def load_from_checkpoint(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, checkpoint_path: Any, map_location: Any = "cpu", **settings: Any
     ) -> MetaLearner:
-        """A trained learner of this class, see ``models.load``.
+        """The learner of a checkpoint with its weights, in evaluation mode; its own data and run need not be there.
+
+        Args:
+            checkpoint_path: ``runs/<name>/checkpoints/best.ckpt``, or any other checkpoint that train.py wrote.
+            map_location: where its tensors go.
+            settings: of the learner, over those that it was trained with: ``eval_inner_steps=10``.
 
         Raises:
-            ConfigError: no such checkpoint, or one of something else.
+            ConfigError: no such checkpoint, or one of another program or of a learner that is no subclass of this.
         """
-        from models.core.from_checkpoint import load  # which knows all learners
-
-        learner = load(checkpoint_path, map_location, **settings)
-        if not isinstance(learner, cls):
-            raise ConfigError(f"{checkpoint_path} is of {type(learner).__name__}, not of {cls.__name__}")
-        return learner
+        return build(cls, checkpoint_path, map_location, settings)
 
     @classmethod
     def declared_metrics(cls) -> dict[str, Metric]:

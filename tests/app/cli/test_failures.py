@@ -207,7 +207,7 @@ def test_lightnings_own_way_to_load(kind, tmp_path):
         learner = kind.load_from_checkpoint(path)
         assert all(torch.equal(v, load_checkpoint(path)["state_dict"][n]) for n, v in learner.state_dict().items())
     else:
-        with pytest.raises(ConfigError, match="is of ProtoNet, not of MAML"):
+        with pytest.raises(ConfigError, match="does not make a MAML"):
             kind.load_from_checkpoint(path)
 
 
