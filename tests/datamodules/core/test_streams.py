@@ -214,3 +214,14 @@ def test_further_words_stay_what_they_are():
         key = mix(((key ^ word) + 0x9E3779B97F4A7C15) & MASK)
     expected = [mix((key + n * 0x9E3779B97F4A7C15) & MASK) for n in (1, 2)]
     assert TaskStreams(5, "test", [12], 3, 8).bits(2).tolist() == [expected]
+
+
+def test_normal_numbers_are_box_and_mullers():
+    """Catches another angle or radius, which leaves the distribution almost as it is: from the same uniform numbers."""
+    first = streams(50).uniform(0.0, 1.0, 8)
+    radius, angle = first[:, :4], first[:, 4:]
+    expected = [
+        [math.sqrt(-2 * math.log1p(-r)) * math.cos(2 * math.pi * a) for r, a in zip(rs, angles, strict=True)]
+        for rs, angles in zip(radius, angle, strict=True)
+    ]
+    np.testing.assert_allclose(streams(50).normal(4), expected, rtol=1e-12, atol=1e-14)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from datamodules import Support
 from models import ABML, ANIL, IMAML, MAML, MLP, Baseline, MetaSGD, ProtoNet, Reptile
+from models.core.inner_loop import with_gradient
 
 DOUBLE = torch.float64
 REPEATED = torch.tensor([0, 0, 0, 0, 1, 2])
@@ -61,3 +62,11 @@ def test_a_class_without_examples_is_refused():
     learner, (x, _) = made("ProtoNet"), problem()
     with pytest.raises(ValueError, match="class 1 of 3 has no example"):
         learner.adapt(Support(x, torch.tensor([0, 2, 0]), 3))
+
+
+def test_a_surrogate_lends_its_gradient_and_no_value():
+    """Catches a loss that is shown with what it takes its gradient from added to it."""
+    x = torch.tensor(3.0, requires_grad=True)
+    loss = with_gradient(7 * x, x**2)
+    loss.backward()
+    assert loss.item() == 21.0 and x.grad.item() == 6.0

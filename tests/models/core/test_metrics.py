@@ -242,3 +242,10 @@ def test_a_metric_without_a_direction_has_no_worst_decile():
     metrics = TaskMetrics({"kl": Metric()})
     metrics.update(torch.arange(10), {"kl": torch.rand(10)})
     assert set(metrics.compute()) == {"tasks", "kl", "kl_ci95"}
+
+
+def test_intervals_of_few_tasks():
+    """Catches an interval of one task, and none of two."""
+    assert math.isnan(interval(torch.tensor([0.5]))[1])
+    mean, half = interval(torch.tensor([0.25, 0.75]))
+    assert mean == 0.5 and half == pytest.approx(0.49)
