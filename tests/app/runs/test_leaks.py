@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from app.cli.builder import main
 from app.evaluate import main as evaluate
 from app.runs.leaks import KEY
 from datamodules import Domain, ImageFolder, ImageMixture
+from datamodules.images.tasks import ImageClasses
 from models.core.checkpoint_io import load_checkpoint
 from tests.support.fixtures import fake_omniglot
 from tests.support.toy import TRAINER
@@ -128,3 +130,22 @@ def test_classes_are_known_by_their_images_whatever_they_are_called(tmp_path):
     assert not trained & three.distribution("test").class_digests()
     mixture = ImageMixture({"turned": Domain(two, rotate=90), "inverted": Domain(two, invert=True)}, queries=1)
     assert trained <= mixture.distribution("test").class_digests()
+
+
+def test_digests_know_a_class_in_any_turn_and_in_its_negative():
+    """Catches a class that passes for another where its pictures are turned or inverted, and two that pass for one."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 1, 5, 5), generator=g).to(torch.uint8)
+
+    def digests(changed: torch.Tensor) -> frozenset[int]:
+        return ImageClasses(changed, np.array([3, 3]), ["a", "b"], ["a", "b"]).digests()
+
+    whole = digests(images)
+    assert len(whole) == 2
+    for k in range(4):
+        turned = images.rot90(k, (2, 3)).contiguous()
+        assert digests(turned) == whole == digests(255 - turned)
+    assert not digests(images.flip(3).contiguous()) & whole
+    assert len(digests(torch.cat([images[:3], 255 - images[:3]]))) == 1
+    wide = torch.randint(0, 256, (6, 1, 5, 7), generator=g).to(torch.uint8)
+    assert digests(wide) == digests(255 - wide)

@@ -41,8 +41,11 @@ def collected(values: torch.Tensor, index: torch.Tensor | None = None) -> TaskMe
 
 
 def test_calibration_equals_torchmetrics_and_nll_equals_cross_entropy():
-    """Catches bins closed on the wrong side, a mean over bins, and logits taken for log-probabilities."""
-    logits, target = 2 * torch.randn(20, 30, 5), torch.randint(5, (20, 30))
+    """Catches bins closed on the wrong side or another number of them, a mean over bins, and logits taken for
+    log-probabilities. Targets are as likely as the logits say, so that bins err to both sides."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(20, 30, 5)
+    target = torch.distributions.Categorical(logits=logits).sample()
     table = classification_metrics(logits, target)
     metrics = TaskMetrics(DECLARED)
     metrics.update(torch.arange(20), table)
