@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from datamodules import Support
 from models import ABML, ANIL, IMAML, MAML, MLP, Baseline, MetaSGD, ProtoNet, Reptile
-from models.core.inner_loop import with_gradient
+from models.core.inner_loop import adapted, with_gradient
+from models.networks.batch_norm import BatchNorm
 
 DOUBLE = torch.float64
 REPEATED = torch.tensor([0, 0, 0, 0, 1, 2])
@@ -70,3 +71,12 @@ def test_a_surrogate_lends_its_gradient_and_no_value():
     loss = with_gradient(7 * x, x**2)
     loss.backward()
     assert loss.item() == 21.0 and x.grad.item() == 6.0
+
+
+@pytest.mark.parametrize(("step", "place"), [(0, 0), (1, 0), (2, 1), (3, 2)])
+def test_statistics_of_a_support_set_are_of_the_step_that_led_here(step, place):
+    """Catches layers whose steps have scales of their own, normalised after a step by those of another one."""
+    network = torch.nn.Sequential(torch.nn.Linear(4, 3), BatchNorm(3))
+    network[1].per_step(3)
+    state = adapted(network, {}, Support(torch.randn(6, 4), REPEATED, 3), "support", step)
+    assert {of for _, of in state.statistics} == {place}
