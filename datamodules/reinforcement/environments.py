@@ -81,7 +81,7 @@ class Environment:
     @property
     def title(self) -> str:
         """What figures call them."""
-        return type(self).__name__
+        return self.identity
 
     def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
         """What tells the drawn tasks apart, by name, each (T, …)."""

@@ -25,12 +25,15 @@ from models.core.inner_loop import (
     split_parameters,
 )
 from models.core.learner import MetaLearner, Paper
-from models.core.predictions import Mixture, Prediction
+from models.core.predictions import Mixture, Prediction, cross_entropies
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNormMode, Statistics, record, recording
 
-Evidence = list[tuple[Tensor, Tensor, Tensor | None]]  # inputs, targets, and by what examples count; None for all alike
-"""Observations (x, y), normalised batch by batch; x are features where only the head adapts."""
+Evidence = list[tuple[Tensor, Tensor, Tensor | None]]
+"""Observations (x, y), normalised batch by batch, and by what each counts; None for all alike.
+
+x are features where only the head adapts.
+"""
 
 PRECISIONS = ("log_lambda", "log_gamma")
 
@@ -152,8 +155,7 @@ class BMAML(MetaLearner):
             else:
                 outputs = F.linear(x.to(moving["head.weight"].dtype), moving["head.weight"], moving["head.bias"])
             if self.log_gamma is None:
-                of_each = F.cross_entropy(outputs, y, reduction="none")
-                total = total - (of_each if shares is None else of_each * shares.to(of_each)).sum()
+                total = total - cross_entropies(outputs, y, shares).sum()
             else:
                 total = total + log_normal(outputs - y, particle["log_gamma"])
         if self.log_lambda is not None:

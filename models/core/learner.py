@@ -21,7 +21,7 @@ from datamodules.core.metric import Metric
 from models.core.base_learner import BaseLearner
 from models.core.from_checkpoint import build
 from models.core.metrics import FINGERPRINT, TaskMetrics, classification_metrics, regression_metrics
-from models.core.predictions import Mixture, Prediction
+from models.core.predictions import Mixture, Prediction, cross_entropies
 from models.core.task_kinds import KINDS
 from models.core.task_map import map_tasks
 from models.networks.backbones import Backbone
@@ -190,7 +190,7 @@ class MetaLearner(pl.LightningModule):
             return F.mse_loss(prediction, target)
         if shares is None:
             return F.cross_entropy(prediction, target)
-        return (F.cross_entropy(prediction, target, reduction="none") * shares.to(prediction)).mean()
+        return cross_entropies(prediction, target, shares).mean()
 
     def support_loss(self, prediction: Tensor, support: Support, rows: Tensor | None = None) -> Tensor:
         """``loss`` of predictions (S, …) for a support set, each of whose classes counts alike: shots are no prior.

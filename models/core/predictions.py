@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
@@ -54,3 +55,9 @@ class Mixture(NamedTuple):
 
 Prediction = Tensor | Mixture
 """Logits (…, Q, ways), values (…, Q, out), or the distribution of values."""
+
+
+def cross_entropies(logits: Tensor, target: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Of each example (N,), from logits (N, ways) and labels (N,); times ``shares`` (N,), see ``Support.shares``."""
+    of_each = F.cross_entropy(logits, target, reduction="none")
+    return of_each if shares is None else of_each * shares.to(of_each)

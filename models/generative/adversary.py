@@ -19,6 +19,7 @@ from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
 from datamodules.core.metric import Metric
 from models.core.inner_loop import with_gradient
+from models.core.predictions import cross_entropies
 from models.networks.batch_norm import recording
 
 SEED = 0  # of all draws in evaluation
@@ -177,9 +178,8 @@ class Adversary(nn.Module):
         with recording(None):  # running averages are those of labelled images
             fake, *unlabelled = [realness(logits(x)) for x in others]
         real = torch.cat([realness(labelled), *unlabelled])
-        of_each = F.cross_entropy(promoted(labelled[:, :-1]), task.query_y, reduction="none")
         terms = {
-            "supervised_loss": (of_each if shares is None else of_each * shares.to(of_each)).mean(),
+            "supervised_loss": cross_entropies(promoted(labelled[:, :-1]), task.query_y, shares).mean(),
             "real_loss": F.softplus(-real).mean(),
             "fake_loss": F.softplus(fake).mean(),
         }
