@@ -9,6 +9,7 @@ again, it ends with the same results. While a file ``measuring`` is in the folde
 from __future__ import annotations
 
 import argparse
+import csv
 import ctypes
 import fcntl
 import json
@@ -63,15 +64,20 @@ class Entry:
     def settings(self) -> dict[str, Any]:
         return whole(self.file)
 
+    def flag(self, name: str) -> str | None:
+        """What a flag says, the last one where there are several."""
+        return dict(zip(self.flags, self.flags[1:], strict=False)).get(name)
+
     @property
     def name(self) -> str:
-        return str(self.settings["name"])
+        return self.flag("--name") or str(self.settings["name"])
 
     @property
     def steps(self) -> int:
-        """Meta-updates of the whole training."""
-        given = [v for flag, v in zip(self.flags, self.flags[1:], strict=False) if flag == "--trainer.max_steps"]
-        return int(given[-1] if given else self.settings["trainer"]["max_steps"])
+        """Meta-updates of the whole training; 0 for what is tested as it is."""
+        if self.settings.get("stage") == "test":
+            return 0
+        return int(self.flag("--trainer.max_steps") or self.settings["trainer"]["max_steps"])
 
 
 @dataclass
@@ -116,7 +122,8 @@ class Queue:
 
     def command(self, entry: Entry) -> list[str]:
         """Arguments of the interpreter."""
-        own = ["--runs", str(self.runs), "--ckpt_path", "last", "--wandb", "off", "--trainer.accelerator", "cpu"]
+        own = ["--runs", str(self.runs), "--wandb", "off", "--trainer.accelerator", "cpu"]
+        own += ["--ckpt_path", "last"] if entry.steps else []
         if self.root is not None and entry.settings["data"]["class_path"] in OMNIGLOT:
             own += ["--data.init_args.root", str(self.root)]
         return ["train.py", "--config", str(entry.file.relative_to(ROOT)), *entry.flags, *own]
@@ -141,9 +148,21 @@ class Queue:
             **{k: content.get(k) for k in ("algorithm", "data", "ways", "shots", "queries", "episodes")},
             **{k: content.get(k) for k in ("tasks", "metrics", "seed", "transductive", "batch_norm")},
             **{k: content.get(k) for k in ("training", "device", "processor", "versions", "finished")},
+            "curve": curve(self.run_dir(entry) / "metrics.csv", next(iter(content["metrics"]))),
         }
         write_atomically(self.row(entry), json.dumps(row, indent=2) + "\n")
         return True
+
+
+def curve(path: Path, metric: str) -> dict[str, Any] | None:
+    """A metric of meta-validation along a training, by meta-updates: its means and half-widths; None: there is none."""
+    try:
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get(f"val/{metric}")]
+    except OSError:
+        return None
+    points = [[int(r["step"]) + 1, float(r[f"val/{metric}"]), float(r[f"val/{metric}_ci95"])] for r in rows]
+    return {"metric": metric, "points": points} if points else None
 
 
 def load(path: Path) -> list[Entry]:

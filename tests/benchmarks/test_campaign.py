@@ -44,15 +44,17 @@ def started(folder: Path, entries: Path) -> subprocess.Popen:
 
 
 def test_what_is_done_is_skipped_and_what_changed_is_not(tmp_path, capfd):
-    """Catches a result that is measured again, or kept for other flags; a row without its command, seed or time; and a
-    failed training that keeps the others from theirs."""
-    short = [{**TWO[0], "flags": [*SHORT, "--trainer.max_steps", "4"]}]
+    """Catches a result that is measured again, or kept for other flags; a row without its command, seed, time or
+    curve; and a failed training that keeps the others from theirs."""
+    short = [{**TWO[0], "flags": [*SHORT, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]}]
     entries = listed(tmp_path, [{"config": TWO[1]["config"], "flags": ["--model.init_args.nothing", "1"]}, *short])
     assert main(queue(tmp_path, entries)) == 1
     ((name, row),) = rows(tmp_path).items()
     assert name == "maml-sinusoid-10shot"
     assert row["command"].startswith("python train.py --config configs/optimization/maml/sinusoid-10shot.yaml")
     assert row["meta_updates"] == 4 and row["seed"] == 0 and row["metrics"]["mse"]["ci95"] > 0
+    assert row["curve"]["metric"] == "mse" and [step for step, *_ in row["curve"]["points"]] == [2, 4]
+    assert all(mean > half > 0 for _, mean, half in row["curve"]["points"])
     whole = json.loads((tmp_path / "results" / f"{name}.json").read_text())
     assert whole["training"]["processor_seconds"] > 0 and whole["processor"]
     entries = listed(tmp_path, short)
@@ -114,8 +116,9 @@ def test_a_wrong_list_is_one_line(entries, what, tmp_path):
         load(listed(tmp_path, entries))
 
 
-def test_the_list_can_be_trained():
-    """Catches a configuration of the queue that was moved, or two that share a folder."""
-    entries = load(ROOT / "benchmarks" / "campaign.yaml")
+@pytest.mark.parametrize("name", ["campaign", "short"])
+def test_the_list_can_be_trained(name):
+    """Catches a configuration of a queue that was moved, or two that share a folder."""
+    entries = load(ROOT / "benchmarks" / f"{name}.yaml")
     assert len(entries) > 20
-    assert all(entry.steps > 0 for entry in entries)
+    assert all(entry.steps > 0 or entry.settings["stage"] == "test" for entry in entries)
