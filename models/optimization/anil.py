@@ -57,8 +57,9 @@ class ANIL(GradientLearner):
 
     def adaptation(self, support: Support) -> Iterator[Adapted]:
         head = self.learner.resize_head(self.learner.head_parameters(), support.ways)
-        # Once: no step changes them.
+        # Once, as what batch norm needs of the support set: no step changes the features.
         features = call(self.learner.backbone, {}, support.x, self.statistics_source)
+        start = adapted(self.learner, {}, support, self.batch_norm)
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             weight, bias = parameters["head.weight"], parameters["head.bias"]
@@ -66,4 +67,4 @@ class ANIL(GradientLearner):
 
         path = sgd_path(support_loss, head, self.inner_rate, self.steps, self.first_order)
         for step, parameters in enumerate(path):
-            yield adapted(self.learner, parameters, support, self.batch_norm, step)
+            yield start._replace(parameters=parameters, step=step)

@@ -24,7 +24,7 @@ from models.networks.batch_norm import BatchNormMode
 
 
 class MetaSGD(GradientLearner):
-    """MAML with a meta-learned rate for every single element of every parameter: θ' = θ - α ∘ ∇L(θ) (eq. 3).
+    """MAML with a meta-learned rate for every element of every parameter that adapts: θ' = θ - α ∘ ∇L(θ) (eq. 3).
 
     Rates are free to turn negative: their vector is a direction as much as a step size.
 

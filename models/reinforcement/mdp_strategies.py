@@ -140,10 +140,11 @@ class MDPStrategy(ReinforcementLearner):
             and Van Roy, NeurIPS 2013). "optimistic-psrl": by the highest value of each action in so many ``samples``
             (Osband and Van Roy, ICML 2017, section 6). "ucrl2": optimal for the best process within the confidence
             region (Jaksch, Ortner and Auer, JMLR 2010), for episodes. "beb", optimal for the posterior mean with
-            scale / (S + visits) added to the rewards (Kolter and Ng, ICML 2009). "value-iteration", optimal for the
-            process as it is: an oracle.
+            scale / (S prior_weight + visits) added to the rewards (Kolter and Ng, ICML 2009). "value-iteration",
+            optimal for the process as it is: an oracle.
         epsilon, samples: of these.
-        scale: of the bonus, or of the radii of UCRL2's region: what those of the paper are multiplied by.
+        scale: of the bonus, or of the radii of UCRL2's region, √(4 log(2SA(k + 1)/δ) / visits) in episode k and √S times
+            that for transitions, which are TabulaRL's for episodes of a fixed horizon.
         confidence: δ of UCRL2.
         prior_mean: of rewards; 1 is how the tasks are drawn, but what RL² compares with has 0.
         prior_weight: of the prior, in observations; 1 is how the tasks are drawn, but what RL² compares with has 0.0001
@@ -189,7 +190,7 @@ class MDPStrategy(ReinforcementLearner):
     def check_environment(self, environment: Environment) -> str | None:
         if not isinstance(environment, TabularMDP):
             return "MDPStrategy plans in tables: give --data datamodules.TabularMDPs or another learner"
-        if environment.revealed and self.strategy != "value-iteration":
+        if environment.revealed:
             return "MDPStrategy does not look at what is revealed: leave --data.init_args.revealed out"
         return super().check_environment(environment)
 

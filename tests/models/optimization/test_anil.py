@@ -33,6 +33,16 @@ def test_only_the_head_adapts_and_by_the_support_loss():
         torch.testing.assert_close(state.parameters[name], p - 0.3 * g, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(("batch_norm", "passes"), [("transductive", 1), ("support", 2), ("per_query", 1)])
+def test_the_support_set_passes_the_backbone_once(batch_norm, passes):
+    """Catches features, or statistics of the support set, that are computed anew for every step."""
+    learner, task, seen = small(batch_norm=batch_norm), episodes(tasks=1)[0], []
+    learner.learner.backbone.register_forward_hook(lambda *_: seen.append(1))
+    states = list(learner.adaptation(task.support))
+    assert len(states) == 4 and [state.step for state in states] == [0, 1, 2, 3]
+    assert len(seen) == passes
+
+
 def test_differs_from_maml_and_equals_it_without_a_step():
     """Catches MAML under another name: with no inner step both are plain training, with one they part."""
     batch = episodes()

@@ -94,3 +94,13 @@ def test_what_does_not_fit_is_refused_in_one_line(name, flags, words, tmp_path, 
         main(evaluation(name, tmp_path, *flags))
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "value-iteration"])
+def test_what_is_revealed_is_no_state(strategy, tmp_path, capsys):
+    """Catches a table that takes what is revealed of a process for states, which then do not exist."""
+    flags = ("--data.revealed", "true", "--model.strategy", strategy)
+    with pytest.raises(SystemExit):
+        main(evaluation("MDPStrategy", tmp_path, *flags))
+    error = capsys.readouterr().err
+    assert "leave --data.init_args.revealed out" in error and error.count("\n") == 1
