@@ -143,8 +143,8 @@ class MDPStrategy(ReinforcementLearner):
             scale / (S prior_weight + visits) added to the rewards (Kolter and Ng, ICML 2009). "value-iteration",
             optimal for the process as it is: an oracle.
         epsilon, samples: of these.
-        scale: of the bonus, or of the radii of UCRL2's region, √(4 log(2SA(k + 1)/δ) / visits) in episode k and √S times
-            that for transitions, which are TabulaRL's for episodes of a fixed horizon.
+        scale: of the bonus, or of the radii of UCRL2's region, √(4 log(2SA(k + 1)/δ) / visits) in episode k and √S
+            times that for transitions, which are TabulaRL's for episodes of a fixed horizon.
         confidence: δ of UCRL2.
         prior_mean: of rewards; 1 is how the tasks are drawn, but what RL² compares with has 0.
         prior_weight: of the prior, in observations; 1 is how the tasks are drawn, but what RL² compares with has 0.0001
