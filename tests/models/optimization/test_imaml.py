@@ -19,6 +19,7 @@ from models.core.second_order import conjugate_gradient
 from models.core.task_map import map_tasks
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNorm
+from tests.support.gradients import assert_is_gradient
 from tests.support.toy import command
 
 LAMBDA, DIMENSION = 0.7, 4
@@ -145,23 +146,10 @@ def test_gradients_equal_finite_differences_of_the_whole(adapt_normalization, ba
     gradient = gradients(learner, batch)
     assert gradient.keys() == {n for n, _ in learner.named_parameters()}
 
-    def objective() -> float:
-        with torch.no_grad():
-            return learner.map(lambda task: learner.objective(task)[0], batch).mean().item()
+    def objective() -> torch.Tensor:
+        return learner.map(lambda task: learner.objective(task)[0], batch).mean()
 
-    g, step = torch.Generator().manual_seed(3), 1e-5
-    for name, parameter in learner.named_parameters():
-        direction = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
-        values = []
-        for move in (1, -2):
-            with torch.no_grad():
-                parameter += move * step * direction
-            values.append(objective())
-        with torch.no_grad():
-            parameter += step * direction
-        numeric = (values[0] - values[1]) / (2 * step)
-        exact = (gradient[name] * direction).sum().item()
-        assert exact == pytest.approx(numeric, rel=2e-6, abs=1e-9), name
+    assert_is_gradient(gradient, learner.named_parameters(), objective, rel=2e-6, abs=1e-9, steps=(1e-5,))
 
 
 def test_hessian_free_reaches_the_solution_of_gradient_descent():

@@ -20,6 +20,7 @@ from models import RL2
 from models.reinforcement.policies import Categorical
 from models.reinforcement.rl2 import Rollout
 from models.reinforcement.trials import Trial, run_trial
+from tests.support.gradients import assert_is_gradient, gradients_of
 from tests.support.toy import BANDITS, command
 
 SIZES_OF = {
@@ -257,18 +258,7 @@ def test_the_gradient_is_that_of_finite_differences(family, settings):
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     made.losses(rollout)[0].backward()
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in made.named_parameters():
-        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        assert parameter.grad is not None, name
-        exact = (parameter.grad * direction).sum().item()
-        values, start = [], parameter.detach().clone()
-        with torch.no_grad():
-            for sign in (1, -1):
-                parameter.copy_(start + sign * 1e-6 * direction)
-                values.append(made.losses(rollout)[0].item())
-            parameter.copy_(start)
-        assert exact == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=2e-8), name
+    assert_is_gradient(gradients_of(made), made.named_parameters(), lambda: made.losses(rollout)[0], abs=2e-8)
 
 
 def test_rewards_of_continuous_actions_are_foreseen_by_what_is_taken():
