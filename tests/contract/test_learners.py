@@ -8,8 +8,11 @@ import pickle
 from typing import get_args
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from jaxtyping import Float, Int, jaxtyped
 from PIL import Image
+from torch import Tensor
 
 import models
 from app.cli.builder import MetaboltCLI, main
@@ -18,8 +21,17 @@ from app.predict import main as predict
 from datamodules.core.episodes import Support
 from models.core.checkpoint_io import load_checkpoint
 from models.networks.batch_norm import BatchNorm, BatchNormMode
-from tests.support.toy import ALGORITHMS, LEARNERS, ToyImages, command, headline, train_for, weights
+from tests.support.toy import ALGORITHMS, LEARNERS, NOISELESS, ToyImages, command, headline, train_for, weights
 
+RATE = 0.5
+SGD = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", str(RATE))
+# What couples the tasks of a meta-batch, and is to be left out where tasks are compared in other meta-batches.
+COUPLED = {
+    "ABML": ("--model.deviation", "1e-15"),
+    "Baseline": ("--model.batch_norm", "none"),
+    "PEARL": ("--model.kl_weight", "0"),  # summed over a meta-batch, as published
+    "SNAIL": ("--data.max_train_shots", "1"),
+}
 FEW_SHOT = pytest.mark.parametrize("name", ALGORITHMS)
 EVERY = pytest.mark.parametrize("name", LEARNERS)
 
@@ -45,6 +57,23 @@ def test_says_what_it_is(algorithm):
     assert algorithm.paper.url.startswith("https://")
     assert 1990 < algorithm.paper.year < 2100
     assert algorithm.tasks
+
+
+@FEW_SHOT
+@pytest.mark.parametrize(("ways", "shots", "queries"), [(4, 1, 1), (2, 3, 2)])
+def test_shapes_follow_the_task(name, ways, shots, queries, tmp_path):
+    """Catches logits in another order of axes, of the ways of meta-training for those of the task, or of no floats."""
+    model = learner(name, tmp_path).eval()
+    data = ToyImages(ways=ways, shots=shots, queries=queries)
+    batch = data.on_device(data.distribution("train").sample([0, 1]))
+    with torch.no_grad(), jaxtyped("context"):
+        for t in batch:
+            assert isinstance(t.support.x, Float[Tensor, "support 1 16 16"])
+            assert isinstance(t.query_x, Float[Tensor, "queries 1 16 16"])
+            assert isinstance(t.query_y, Int[Tensor, "queries"])
+            states = list(model.adaptation(t.support))
+            for state in (model.adapt(t.support), states[-1]):
+                assert isinstance(model.predict(state, t.query_x), Float[Tensor, f"queries {ways}"])
 
 
 @FEW_SHOT
@@ -149,37 +178,75 @@ def plain(tmp_path_factory):
     return tmp_path_factory.mktemp("plain")
 
 
-MANUAL = ("--trainer.gradient_clip_val", "--trainer.accumulate_grad_batches")
-
-
 @EVERY
 @pytest.mark.parametrize(
     "flags",
     [
         ("--trainer.precision", "bf16-mixed", "--pictures", "true"),
         ("--trainer.precision", "64-true"),
-        ("--trainer.gradient_clip_val", "0.01"),
-        ("--trainer.accumulate_grad_batches", "2"),
     ],
 )
-def test_trainer_features_take_effect(name, flags, tmp_path, plain, caplog, capsys):
+def test_trainer_features_take_effect(name, flags, tmp_path, plain, caplog):
     """Catches a Trainer option that is accepted and ignored: weights must move, and differently, or the option is
     refused in one line; results of a type that cannot be written, and pictures that autocast breaks."""
     last = f"{name.lower()}/checkpoints/last.ckpt"
-    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5")
-    if not learner(name, tmp_path).automatic_optimization and flags[0] in MANUAL:
-        with pytest.raises(SystemExit):
-            main(command(name, tmp_path, *flags, steps=2))
-        assert "takes several steps of its own" in capsys.readouterr().err
-        return
     if not (plain / last).exists():
-        main(command(name, plain, *sgd, steps=2))
-    main(command(name, tmp_path, *sgd, *flags, steps=2))
+        main(command(name, plain, *SGD, steps=2))
+    main(command(name, tmp_path, *SGD, *flags, steps=2))
     a, b = weights(plain / last), weights(tmp_path / last)
     assert all(torch.isfinite(v).all() for v in b.values())
     assert any(not torch.equal(a[k], b[k]) for k in a)
     assert (tmp_path / name.lower() / "test_tasks.npz").exists()
     assert "not made" not in caplog.text
+
+
+def moved(name: str, tmp_path, *flags: str, steps: int = 1, **trainer) -> dict[str, torch.Tensor]:
+    """How far each parameter is from its start after so many meta-updates, by plain gradient descent in float64."""
+    torch.manual_seed(0)
+    cli = MetaboltCLI(command(name, tmp_path, *SGD, *flags))
+    model = cli.model.double()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    pl.seed_everything(0)
+    train_for(model, cli.datamodule, steps, precision="64-true", **trainer)
+    return {n: p.detach() - start[n] for n, p in model.named_parameters()}
+
+
+def refuses_manual(name: str, tmp_path, capsys, flag: str) -> bool:
+    """Whether the learner takes optimizer steps of its own; then the flag is refused in one line."""
+    if learner(name, tmp_path).automatic_optimization:
+        return False
+    with pytest.raises(SystemExit):
+        main(command(name, tmp_path, flag, "2", steps=2))
+    assert "takes several steps of its own" in capsys.readouterr().err
+    return True
+
+
+@EVERY
+def test_gradients_are_clipped_to_their_norm(name, tmp_path, capsys):
+    """Catches a norm of some of the gradients alone, or a clipping that comes after the step: the step must be
+    shortened to the norm, in its own direction."""
+    if refuses_manual(name, tmp_path, capsys, "--trainer.gradient_clip_val"):
+        return
+    whole = moved(name, tmp_path)
+    norm = torch.stack([d.norm() for d in whole.values()]).norm() / RATE
+    assert norm > 0
+    clipped = moved(name, tmp_path, gradient_clip_val=(norm / 3).item())
+    for parameter, d in whole.items():
+        torch.testing.assert_close(clipped[parameter], d / 3, rtol=1e-5, atol=1e-12, msg=parameter)
+
+
+@EVERY
+def test_accumulated_meta_batches_are_one(name, tmp_path, capsys):
+    """Catches gradients that are summed, or cleared in between, or tasks that are skipped: two meta-batches of four
+    tasks, accumulated, move every parameter as one of eight."""
+    if refuses_manual(name, tmp_path, capsys, "--trainer.accumulate_grad_batches"):
+        return
+    flags = (*NOISELESS.get(name, ()), *COUPLED.get(name, ()))
+    halves = moved(name, tmp_path, *flags, "--data.meta_batch_size", "4", accumulate_grad_batches=2)
+    whole = moved(name, tmp_path, *flags, "--data.meta_batch_size", "8")
+    assert any(d.norm() > 0 for d in whole.values())
+    for parameter, d in whole.items():
+        torch.testing.assert_close(halves[parameter], d, rtol=1e-6, atol=1e-10, msg=parameter)
 
 
 @EVERY
