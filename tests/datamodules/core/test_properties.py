@@ -109,6 +109,7 @@ def test_episodes_of_images(number, ways, shots, queries, indices, rotations, al
         assert isinstance(batch.index, Int[Tensor, "tasks"])
         assert isinstance(batch.task["classes"], Int[Tensor, f"tasks {ways}"])
     assert batch.support_rows is not None and batch.query_rows is not None
+    assert len(distribution.class_names) == len(distribution.group_names) > int(batch.task["classes"].max())
     ends = np.cumsum(COUNTS)
     for t in range(len(indices)):
         rows = torch.cat([batch.support_rows[t], batch.query_rows[t]]).tolist()
