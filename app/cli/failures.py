@@ -38,6 +38,8 @@ _NO_MEMORY = re.compile(
     r"numel: integer multiplication overflow|Overflow when unpacking|array is too big|Maximum allowed|"
     r"Cannot allocate memory"
 )
+# What a process hears whose peers in a distributed training are gone.
+_LOST = re.compile(r"gloo|NCCL|ProcessGroup|Connection (reset|closed) by (remote )?peer", re.IGNORECASE)
 # Of settings that say how long a run is, not how much of it is in memory at once.
 _LENGTHS = re.compile(r"seed|steps|epochs|(val|test)_tasks|interval|checkpoint_every|horizon")
 
@@ -92,6 +94,11 @@ def refusal(error: Exception, config: Any = None) -> Exception:
         met.add(id(error))
     if isinstance(error, (ConfigError, DataError, DownloadError)):
         return ConfigError(str(error))
+    if _lost_peer(error):
+        return ConfigError(
+            f"another process of this training ended, or is out of reach ({_line(str(error), 120)}): see what it says "
+            "itself, then go on with --ckpt_path last"
+        )
     if not _mendable(error):
         return error
     settings = dict(flat(config)) if config is not None else {}
@@ -131,6 +138,13 @@ def _mendable(error: Exception) -> bool:
     by_library = any(f"{part}/" in deep for part in ("pytorch_lightning", "lightning_fabric", "torch/optim"))
     state = "state_dict" in str(error) and isinstance(error, (RuntimeError, KeyError))
     return state or (by_library and isinstance(error, (RuntimeError, TypeError, KeyError, AttributeError)))
+
+
+def _lost_peer(error: Exception) -> bool:
+    """Whether a collective operation failed because of another process."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and torch.distributed.is_initialized() and bool(_LOST.search(str(error)))
 
 
 def _out_of_memory(error: Exception) -> bool:

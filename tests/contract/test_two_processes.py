@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -91,6 +92,25 @@ def test_two_processes_take_the_meta_step_of_one(algorithm, two, tmp_path):
     for metric in {headline(algorithm), "nll", "ece"} & results[0]["metrics"].keys():
         assert results[1]["metrics"][metric]["mean"] == pytest.approx(results[0]["metrics"][metric]["mean"], abs=1e-6)
         assert results[1]["metrics"][metric]["ci95"] == pytest.approx(results[0]["metrics"][metric]["ci95"], abs=1e-6)
+
+
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_a_killed_process_ends_the_other(victim, tmp_path):
+    """Catches a process that waits for ever for one that is gone, one that lives on alone, a setting blamed for it,
+    and a run that cannot go on."""
+    run = tmp_path / "protonet" / "checkpoints" / "last.ckpt"
+    process = start(*command("ProtoNet", tmp_path, *TWO, steps=5000))
+    wait_for_step(run, 4, process)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    second = int(found[-1])
+    os.kill(process.pid if victim == "first" else second, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)  # the pipe closes with the last of the two
+    assert not Path(f"/proc/{second}").exists() or "Z" in Path(f"/proc/{second}/stat").read_text().split()[2]
+    if victim == "second":
+        assert process.returncode == 2, output
+    assert output.count("error: another process of this training ended") == 1 and "Traceback" not in output
+    reached = torch.load(run, weights_only=True)["global_step"]
+    finished(*command("ProtoNet", tmp_path, *TWO, "--ckpt_path", "last", steps=reached + 2))
 
 
 def test_two_processes_stop_on_sigterm_and_resume_exactly(tmp_path):
