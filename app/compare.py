@@ -56,7 +56,12 @@ def difference(metric: Metric, first: Tensor, second: Tensor) -> tuple[float, fl
 
 def labels(folders: Sequence[Path]) -> list[str]:
     """A short name for each folder: its run's, with what tells its evaluation from the others where that is needed."""
-    runs = [_run_of(folder).name for folder in folders]
+    places = [_run_of(folder) for folder in folders]
+    if any(place.name.isdigit() for place in places):  # "1" says little, and reads as a number
+        places = [Path(place.parent.name, place.name) for place in places]
+    else:
+        places = [Path(place.name) for place in places]
+    runs = [str(place) for place in places]
     words = [folder.name.split("-") if folder.absolute().parent.name == EVALUATIONS else [] for folder in folders]
     while all(len(of) > 1 for of in words) and len({of[-1] for of in words}) == 1:
         words = [of[:-1] for of in words]  # what all were evaluated with
@@ -69,6 +74,7 @@ def _run_of(folder: Path) -> Path:
     return folder.parent.parent if folder.parent.name == EVALUATIONS else folder
 
 
+COMPARISONS = "comparisons"  # folder beside the runs
 OF_A_SEED = ("seed_everything", "name", "runs", "wandb", "project", "pictures", "debug")
 
 
@@ -172,7 +178,7 @@ def show(content: dict[str, Any], declared: Mapping[str, Metric], console: Conso
         if not content[key]:
             continue
         table = Table(title=title, title_justify="left")
-        for column in ("metric", "learner" if key in ("learners", "over_seeds") else "first - second"):
+        for column in ("metric", "learner" if key in ("learners", "over_seeds") else "learners"):
             table.add_column(column, overflow="fold")
         table.add_column(heading, justify="right")
         for name in names:
@@ -212,7 +218,7 @@ def returns(evaluations: Sequence[Evaluation]) -> tuple[list[tuple[str, Tensor]]
 def comparison_dir(folders: Sequence[Path]) -> Path:
     """Where a comparison is left: beside the runs, or in the one that all are of."""
     base = Path(os.path.commonpath([_run_of(folder) for folder in folders]))
-    return base / "comparisons" / slug(labels(folders))
+    return base / COMPARISONS / slug(labels(folders))
 
 
 def write_comparison(evaluations: Sequence[Evaluation], out: Path, command: str) -> None:
@@ -252,6 +258,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     with one_line_errors(options.debug):
         folders = [folder.parent if folder.is_file() else folder for folder in options.folders]
+        folders = [folder for folder in folders if folder.name != COMPARISONS]  # as runs/seeds/* has it, too
         if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
             raise ConfigError("a comparison needs two or more folders, each of them once")
         evaluations = [Evaluation.load(folder) for folder in folders]

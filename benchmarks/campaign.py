@@ -49,12 +49,14 @@ class Entry:
         flags: of train.py, over the configuration.
         published: what the paper has for the headline metric, as it is written there.
         note: what makes the result another than the published one's.
+        label: what the learner is called with these settings; None for its class.
     """
 
     config: str
     flags: tuple[str, ...] = ()
     published: str | None = None
     note: str = ""
+    label: str | None = None
 
     @property
     def file(self) -> Path:
@@ -143,6 +145,7 @@ class Queue:
             "command": shlex.join(["python", "train.py", "--config", f"configs/{entry.config}.yaml", *entry.flags]),
             "published": entry.published,
             "note": entry.note,
+            "label": entry.label,
             "meta_updates": entry.steps,
             "selected_at": content["meta_steps"],
             **{k: content.get(k) for k in ("algorithm", "data", "ways", "shots", "queries", "episodes")},
@@ -173,10 +176,7 @@ def load(path: Path) -> list[Entry]:
     """
     try:
         listed = yaml.safe_load(path.read_text())
-        entries = [
-            Entry(e["config"], tuple(map(str, e.get("flags", ()))), e.get("published"), e.get("note", ""))
-            for e in listed
-        ]
+        entries = [Entry(**{**e, "flags": tuple(map(str, e.get("flags", ())))}) for e in listed]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no list of trainings ({' '.join(str(error).split())}): correct it") from error
     for entry in entries:
@@ -192,7 +192,7 @@ def show(queue: Queue, console: Console) -> None:
     """What stands and what is left."""
     table = Table(title=f"{sum(map(queue.done, queue.entries))} of {len(queue.entries)} done", title_justify="left")
     for column in ("training", "meta-updates", "result", "published"):
-        table.add_column(column, justify="left" if column == "training" else "right")
+        table.add_column(column, justify="left" if column == "training" else "right", overflow="fold")
     for entry in queue.entries:
         result = ""
         if queue.done(entry):

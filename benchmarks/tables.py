@@ -115,7 +115,7 @@ def row(result: dict[str, Any]) -> list[str]:
     shape = shape_text({k: v for k, v in result.items() if k in ("ways", "shots", "episodes") and v})
     name = f", as {result['name']}" if result["flags"] else ""
     return [
-        result["algorithm"],
+        result.get("label") or result["algorithm"],
         f"{result['data']}, {shape}",
         (result["published"] or "–") + (f" ({result['note']})" if result["note"] else ""),
         metric.label or headline,
@@ -205,7 +205,8 @@ def pieces(page: Path, folder: Path) -> Callable[[str], str]:
         if piece == "curve":
             shown = curve_of(full + short, learners)
             if shown is None:
-                return "It has nothing to learn from meta-training.\n"
+                untrained = all(learner in models.STRATEGIES for learner in learners)
+                return "Nothing is trained.\n" if untrained else "No training with a curve is on record yet.\n"
             return f"![meta-validation over meta-updates](../images/curves/{page.stem}.svg)\n"
         raise ValueError(f"{page.name} asks for {piece!r}, which nothing makes: correct its marker")
 
@@ -246,6 +247,7 @@ def main() -> int:
     CURVES.mkdir(parents=True, exist_ok=True)
     for path, result in shown_curves().items():
         write_atomically(path, svg(result))
+    print(f"made {len(pages())} pages of docs/ and {len(shown_curves())} curves of {CURVES.relative_to(DOCS.parent)}/")
     return 0
 
 

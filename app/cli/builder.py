@@ -32,7 +32,7 @@ from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
 from app.runs.claim import release, shared_with_children
-from app.runs.directory import RESULTS, choose_run
+from app.runs.directory import RESULTS, choose_run, config_file
 from app.runs.leaks import KEY, as_tensor, of_backbones, refuse_leaks, trained_classes
 from app.runs.metrics_csv import MetricsCSV
 from app.runs.progress import TaskProgress
@@ -365,18 +365,13 @@ class RunFiles(pl.Callback):
         self.config = cli.yaml()
         self.trained: frozenset[int] = frozenset()  # classes, see leaks
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero and (stage == "fit" or not self.cli.learns) and not trainer.fast_dev_run:
-            first = self.cli.run_dir / "config.yaml"
-            path, n = first, 0
-            while path.exists():
-                if path.read_text() == self.config:
-                    return
-                n += 1
-                path = first.with_name(f"config.resume-{n}.yaml")
-            write_atomically(path, self.config)
+    def _leave_config(self, trainer: pl.Trainer) -> None:
+        # Not before the run begins: what is refused leaves no run behind, which the next start would go on with.
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            write_atomically(config_file(self.cli.run_dir, self.config), self.config)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave_config(trainer)
         for config in trainer.lr_scheduler_configs:
             if (length := cosine_shorter_than(config.scheduler, trainer.max_steps)) is not None:
                 rank_zero_warn(
@@ -402,6 +397,8 @@ class RunFiles(pl.Callback):
         fits_task(pl_module, trainer.datamodule.on_device(trainer.datamodule.distribution("test").sample([0])))
         if not self.cli.setting("allow_overlap"):
             refuse_leaks(self.trained, trainer.datamodule, "test", "the learner, or its backbone,")
+        if not self.cli.learns:
+            self._leave_config(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
@@ -413,6 +410,12 @@ class RunFiles(pl.Callback):
             return
         was, now = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))
         reconcile(trainer, pl_module, checkpoint, was, now)
+
+
+def program(*flags: str) -> str:
+    """The command of a training with these flags, as it is typed where this one was."""
+    script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+    return shlex.join(["python", script, *flags])
 
 
 @rank_zero_only
@@ -429,9 +432,12 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
     content = results(cli.model, cli.datamodule, facts)
     if not cli.trainer.fast_dev_run:
         write_results(content, cli.run_dir / RESULTS)
-    config = cli.run_dir / "config.yaml"  # not there after a test of what was never trained
-    again = shlex.join(["python", "train.py", "--config", str(config), "--stage", "test"])
-    hints = [f"again: {again}"] if config.is_file() else []
+    config = config_file(cli.run_dir, cli.yaml())
+    again = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
+    if config.is_file():  # not after a test with other settings, or of what was never trained
+        hints = [f"again: {program('--config', str(config), '--stage', 'test', *again)}"]
+    else:
+        hints = [f"again: {program(*sys.argv[1:])}"] if cli.setting("stage") == "test" else []
     hints += [hint for logger in cli.trainer.loggers if isinstance(logger, WandbRun) for hint in logger.hints()]
     print_results(
         content, as_results(cli.model.all_metrics()), None if cli.trainer.fast_dev_run else cli.run_dir, hints
@@ -496,7 +502,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except SIGTERMException:
         assert cli is not None
         if rank_zero_only.rank == 0:
-            again = shlex.join(["python", "train.py", "--config", f"{cli.run_dir}/config.yaml", "--ckpt_path", "last"])
+            again = program("--config", str(config_file(cli.run_dir, cli.yaml())), "--ckpt_path", "last")
             sys.stderr.write(f"stopped at meta-update {cli.trainer.global_step}, saved; go on with: {again}\n")
         sys.exit(128 + signal.SIGTERM)
     finally:

@@ -12,7 +12,7 @@ from app.dashboard.view import Figures, View
 from app.plots import reinforcement as plots
 from app.runs.probe import Probe
 from datamodules.reinforcement.environments import Environments
-from models.reinforcement.trials import Trial, run_trial
+from models.reinforcement.trials import Trial
 
 PULLED, WALKED, ENCODED = 200, 6, 200  # tasks behind the pictures of arms, of trajectories and of latents
 
@@ -105,7 +105,7 @@ class TrialFigures:
         def look() -> tuple[Environments, Trial]:
             _, ready = self.probe.sample(range(min(tasks, self.available)))
             batch: Any = ready
-            return batch, run_trial(batch, self.learner.agent())
+            return batch, self.learner.shown_trial(batch)
 
         return self.guarded(what, look)
 

@@ -181,7 +181,7 @@ class WandbRun(WandbLogger):
         if self.url:
             return [f"W&B: {self.url}"]
         folder = self.run_dir / "wandb"
-        return [f"look: wandb leet {folder}", f"upload to W&B: wandb sync {folder}/offline-run-*"]
+        return [f"look: wandb leet {folder}/latest-run", f"upload to W&B: wandb sync {folder}/offline-run-*"]
 
 
 def wandb_logger(mode: Mode, project: str, name: str, run_dir: Path, config: dict[str, Any]) -> WandbRun | None:

@@ -11,7 +11,7 @@ from datamodules.core.errors import ConfigError
 from models.core.checkpoint_io import CHECKPOINTS
 
 EVALUATIONS = "evaluations"  # folder of a run
-RESULTS = "results.json"
+CONFIG, RESULTS = "config.yaml", "results.json"
 TASKS_CSV, TASKS_NPZ = "test_tasks.csv", "test_tasks.npz"  # the metrics of every meta-test task, to read and to compare
 
 
@@ -33,9 +33,19 @@ def _versions(first: Path) -> list[Path]:
     found = []
     for path in first.parent.iterdir() if first.parent.is_dir() else []:
         match = pattern.fullmatch(path.name)
-        if match and (path / "config.yaml").is_file():
+        if match and (path / CONFIG).is_file():
             found.append((int(match[1] or 1), path))
     return [path for _, path in sorted(found)]
+
+
+def config_file(folder: Path, content: str) -> Path:
+    """The file of a run's directory that has this configuration, or the one that is to: config.yaml, or
+    config.resume-1.yaml and so on where the run was begun with another."""
+    path, number = folder / CONFIG, 0
+    while path.exists() and path.read_text() != content:
+        number += 1
+        path = folder / f"config.resume-{number}.yaml"
+    return path
 
 
 def choose_run(
@@ -47,7 +57,8 @@ def choose_run(
         runs: the folder of all runs.
         name: of the run; with slashes, in folders of ``runs``.
         ckpt_path: None, "last", "best", or a file.
-        stage: "fit" starts a new directory unless it goes on with "last"; others use the newest one of the name.
+        stage: "fit" starts a new directory unless it goes on with "last"; others use the one that the checkpoint is
+            of, or the newest one of the name.
         take: claim the directory that is trained in, see ``claim``: another start of the same name gets the next.
             Otherwise nothing is created.
 
@@ -73,12 +84,13 @@ def choose_run(
         if not file.is_file():
             raise ConfigError(f"no checkpoint at {file}: --ckpt_path takes last, best or an existing file")
     if stage != "fit":
-        return newest, file
+        own = [folder for folder in versions if file and file.resolve().is_relative_to(folder.resolve())]
+        return (own or [newest])[-1], file
     number = 1 if not versions else int(versions[-1].name[len(first.name) + 1 :] or 1) + 1
     while True:
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
         # Who claimed it before may have ended without a trace, or begun in the meantime.
-        if not take or (_claimed(folder) and not (folder / "config.yaml").is_file()):
+        if not take or (_claimed(folder) and not (folder / CONFIG).is_file()):
             return folder, file
         number += 1
 

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.runs.directory import TASKS_NPZ
+from app.runs.directory import CONFIG, EVALUATIONS, TASKS_NPZ
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, TaskDistribution
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
 from datamodules.core.metric import Metric
-from models.core.checkpoint_io import CHECKPOINTS
 from models.core.metrics import FINGERPRINT, TaskMetrics
 
 # What of the data makes its tasks, and which option of an evaluation changes it.
@@ -138,8 +137,12 @@ class Evaluation:
         """
         path = folder / TASKS_NPZ
         if not path.is_file():
-            cure = f"python -m app.evaluate --ckpt_path {folder / CHECKPOINTS / 'best.ckpt'}"
-            raise ConfigError(f"no {TASKS_NPZ} in {folder}: test it first, as with {cure}")
+            if not (folder / CONFIG).is_file():
+                raise ConfigError(f"{folder} is no run and no evaluation: give a folder that has {TASKS_NPZ}")
+            cure = f"python train.py --config {folder / CONFIG} --stage test"
+            if others := sorted(path.parent for path in (folder / EVALUATIONS).glob(f"*/{TASKS_NPZ}")):
+                cure += f", or give an evaluation of it, as {others[0]}"
+            raise ConfigError(f"{folder} was not tested: {cure}")
         try:
             with np.load(path, allow_pickle=False) as content:
                 told = json.loads(str(content["about"]))
@@ -161,7 +164,11 @@ def refuse_other_settings(told: Sequence[dict[str, Any]], names: Sequence[str]) 
         for key, option in SETTINGS.items():
             if one.get(key) != told[0].get(key):
                 values = f"{told[0].get(key)} and {one.get(key)}"
-                _refuse(names[0], name, f"{key} {values}; evaluate both with the same {option}")
+                _refuse(
+                    names[0],
+                    name,
+                    f"{key} {values}; evaluate both with the same {option}, and compare the folders of the evaluations",
+                )
 
 
 def _refuse(first: str, second: str, what: str) -> None:

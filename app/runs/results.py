@@ -100,7 +100,7 @@ def print_results(
     for name, metric in content["metrics"].items():
         mean, half = (float("nan") if (v := metric.get(k)) is None else v for k in ("mean", "ci95"))
         worst, told = metric.get("worst_decile"), declared[name]
-        fewer = f", first {metric['tasks']:,}" if metric.get("tasks", content["tasks"]) != content["tasks"] else ""
+        fewer = f", {metric['tasks']:,} tasks" if metric.get("tasks", content["tasks"]) != content["tasks"] else ""
         table.add_row(
             name + fewer,
             told.text(mean, half),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,11 +27,14 @@ class Metric:
     curve: bool = False
 
     def text(self, value: float, half: float, signed: bool = False) -> str:
-        """A mean with the half-width of its interval as people read it: a share in per cent, anything else as it is."""
+        """A mean with the half-width of its interval as people read it: a share in per cent, anything else as it is.
+
+        Of one task there is no interval, nan.
+        """
         sign = "+" if signed else ""
         if self.share:
-            return f"{100 * value:{sign}.2f} ± {100 * half:.2f} %"
-        return f"{value:{sign}.4f} ± {half:.4f}"
+            return f"{100 * value:{sign}.2f}{'' if math.isnan(half) else f' ± {100 * half:.2f}'} %"
+        return f"{value:{sign}.4f}{'' if math.isnan(half) else f' ± {half:.4f}'}"
 
     def short(self, value: float) -> str:
         """A value alone, for the legend of a figure."""

@@ -292,6 +292,8 @@ class MetaLearner(pl.LightningModule):
         self.stage_metrics(stage).reset()
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.train()  # one that was loaded to predict is trained on as any other
         for metrics in self.metrics.values():
             cast(TaskMetrics, metrics).declared.update(self.trainer.datamodule.own_metrics)
 

@@ -69,6 +69,10 @@ class ReinforcementLearner(MetaLearner):
         """That acts as the learner has it now."""
         raise NotImplementedError
 
+    def shown_trial(self, batch: Environments) -> Trial:
+        """A trial of each task as it is tested, to be looked at."""
+        return run_trial(batch, self.agent())
+
     @property
     def has_latents(self) -> bool:
         """Whether it infers a latent of each task from a set of transitions."""

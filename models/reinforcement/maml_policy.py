@@ -344,6 +344,12 @@ class MAMLPolicy(ReinforcementLearner):
     def evaluation_metrics(self, batch: Environments) -> dict[str, Tensor]:
         return self.block_metrics(batch, [trial for _, trial in self.blocks(batch, batch.episodes - 1)])
 
+    def shown_trial(self, batch: Environments) -> Trial:
+        """The first episode of each block."""
+        trials = [trial._replace(extras=()) for _, trial in self.blocks(batch, batch.episodes - 1)]
+        shown = [tree_map(lambda t: t[:, :: self.rollouts], trial) for trial in trials]
+        return tree_map(lambda *parts: torch.cat(parts), *shown)
+
     def block_metrics(self, batch: Environments, trials: Sequence[Trial]) -> dict[str, Tensor]:
         """Metrics of each task by its blocks of K episodes, whose means count."""
         returns = torch.stack([self.of_rollouts(trial.returns(1)[:, 0]) for trial in trials], 1)

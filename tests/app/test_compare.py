@@ -302,7 +302,13 @@ def test_finished_runs_are_compared_as_they_are(runs: Path, tmp_path: Path, caps
     content = json.loads((tmp_path / "comparisons" / "protonet-maml" / "comparison.json").read_text())
     result = json.loads((runs / "maml" / "results.json").read_text())["metrics"]
     assert content["learners"][1]["metrics"]["nll"]["mean"] == pytest.approx(result["nll"]["mean"])
-    assert "test it first" in told(capsys, comparison.main, str(tmp_path / "maml"), str(tmp_path))
+    assert "is no run and no evaluation" in told(capsys, comparison.main, str(tmp_path / "maml"), str(tmp_path))
+    (tmp_path / "untested").mkdir()
+    shutil.copy(runs / "maml" / "config.yaml", tmp_path / "untested")
+    line = told(capsys, comparison.main, str(tmp_path / "maml"), str(tmp_path / "untested"))
+    assert f"train.py --config {tmp_path / 'untested' / 'config.yaml'} --stage test" in line
+    # What the first comparison left lies beside the runs: as runs/* names it, too.
+    comparison.main([str(tmp_path / name) for name in ("comparisons", "maml", "protonet")])
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "test_tasks.npz").write_bytes((runs / "maml" / "test_tasks.npz").read_bytes()[:200])
     assert "cannot be read" in told(capsys, comparison.main, str(tmp_path / "maml"), str(tmp_path / "half"))

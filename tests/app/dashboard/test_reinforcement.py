@@ -222,7 +222,7 @@ def test_a_trial_that_cannot_be_looked_at_costs_its_picture_alone(tmp_path: Path
     """Catches returns, regret and the figure of all panels lost with the picture of the arms."""
     probe, table = untrained(command("RL2", tmp_path))
     pictures = TrialFigures(seen(probe, table, Dashboard(tmp_path)._guarded))
-    with mock.patch.object(dashboards_rl, "run_trial", side_effect=RuntimeError("no\ntrial")):
+    with mock.patch.object(pictures.learner, "shown_trial", side_effect=RuntimeError("no\ntrial")):
         assert list(dict(pictures.all())) == ["episodes", "regret"]
     assert [title for title, _ in pictures.panels] == ["Pulls", "Regret"]
     told = [r.message for r in caplog.records if r.name.startswith("app.dashboard")]
