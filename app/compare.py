@@ -30,7 +30,7 @@ from app.cli.failures import one_line_errors
 from app.dashboard.reinforcement import optimum_of
 from app.plots import reinforcement as figures_rl
 from app.plots import results, style
-from app.runs.directory import EVALUATIONS, slug
+from app.runs.directory import CONFIG, EVALUATIONS, slug
 from app.runs.evaluation_record import SETTINGS, Evaluation, refuse_other_tasks
 from datamodules.core.base import shape_text
 from datamodules.core.errors import ConfigError
@@ -79,18 +79,24 @@ OF_A_SEED = ("seed_everything", "name", "runs", "wandb", "project", "pictures", 
 
 
 def over_seeds(evaluations: Sequence[Evaluation]) -> list[list[int]]:
-    """Places of evaluations whose runs differ by nothing but the seed of their weights, two or more in each group."""
+    """Places of evaluations whose runs differ by the seed of their weights and nothing else, two or more in a group."""
     groups: dict[str, list[int]] = {}
+    seeds = []
     for place, one in enumerate(evaluations):
-        file = _run_of(one.folder) / "config.yaml"
+        run = _run_of(one.folder)
         try:
-            config = yaml.safe_load(file.read_text())
-            kept = {k: v for k, v in config.items() if k not in OF_A_SEED}
+            # One that was resumed with other settings has several.
+            files = [run / CONFIG, *sorted(run.glob("config.resume-*.yaml"))]
+            configs = [yaml.safe_load(file.read_text()) for file in files]
+            kept = [{k: v for k, v in config.items() if k not in OF_A_SEED} for config in configs]
+            seeds.append([config.get("seed_everything") for config in configs])
         except (OSError, AttributeError, UnicodeDecodeError, yaml.YAMLError):
+            seeds.append([])
             continue  # of a run that is not there any more
         of_folder = one.folder.name if one.folder.absolute().parent.name == EVALUATIONS else ""
         groups.setdefault(json.dumps([of_folder, kept], sort_keys=True, default=str), []).append(place)
-    return [group for group in groups.values() if len(group) > 1]
+    apart = [group for group in groups.values() if len({str(seeds[place]) for place in group}) == len(group)]
+    return [group for group in apart if len(group) > 1]
 
 
 def seed_means(evaluations: Sequence[Evaluation], names: Sequence[str]) -> tuple[list[Any], list[Any]]:

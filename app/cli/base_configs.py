@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ import yaml
 from datamodules.core.errors import ConfigError
 
 BASE = "base"
+
+
+def config_files(args: Sequence[str]) -> list[Path]:
+    """The configuration files that arguments name, in their order."""
+    given = [value for flag, value in pairwise(args) if flag == "--config"]
+    given += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return [Path(value) for value in given if "\n" not in value]
 
 
 def with_bases(args: Sequence[str]) -> list[str]:

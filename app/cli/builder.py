@@ -24,13 +24,13 @@ from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from app.cli.base_configs import with_bases
+from app.cli.base_configs import config_files, with_bases
 from app.cli.failures import configuration, flat, one_line_errors, refusal, refuse_nulls
 from app.cli.precision import instead_of
 from app.cli.suggestions import Parser
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
-from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
+from app.runs.checkpoints import BestCheckpoint, LastCheckpoint, saved_at
 from app.runs.claim import release, shared_with_children
 from app.runs.directory import RESULTS, choose_run, config_file
 from app.runs.leaks import KEY, as_tensor, of_backbones, refuse_leaks, trained_classes
@@ -43,7 +43,7 @@ from app.runs.stopwatch import Stopwatch
 from datamodules.core.base import NETWORK_SETTINGS, EpisodicDataModule
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
-from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO
+from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO, load_checkpoint
 from models.core.learner import MetaLearner
 from models.core.metrics import as_results
 from models.core.pretrained import load_pretrained
@@ -71,6 +71,8 @@ class MetaboltCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, runs: bool = False, **kwargs: Any) -> None:
         self.takes_folder = runs
+        args = sys.argv[1:] if args is None else args
+        self.config_files = config_files(args)
         super().__init__(
             MetaLearner,
             EpisodicDataModule,
@@ -91,7 +93,7 @@ class MetaboltCLI(LightningCLI):
                 "enable_model_summary": False,
                 "max_epochs": -1,
             },
-            args=with_bases(sys.argv[1:] if args is None else args),
+            args=with_bases(args),
             **kwargs,
         )
 
@@ -261,7 +263,8 @@ class MetaboltCLI(LightningCLI):
     def choose_folder(self, stage: str) -> tuple[Path, Path | None]:
         """The run directory, and the checkpoint that the run starts from."""
         take = self.takes_folder and not self._get(self.config_init, "trainer").get("fast_dev_run")
-        return choose_run(Path(self.setting("runs")), self.setting("name"), self.setting("ckpt_path"), stage, take)
+        name, ckpt_path = self.setting("name"), self.setting("ckpt_path")
+        return choose_run(Path(self.setting("runs")), name, ckpt_path, stage, take, self.config_files)
 
     def loggers(self, callbacks: list[pl.Callback]) -> list[Any]:
         """Where metrics are logged; loggers may add callbacks."""
@@ -425,7 +428,7 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
         "seed": cli.datamodule.seed,
         "seed_everything": cli.setting("seed_everything"),
         "checkpoint": None if checkpoint is None else str(checkpoint),
-        "meta_steps": cli.trainer.global_step,
+        "meta_steps": cli.trainer.global_step if checkpoint is None else load_checkpoint(checkpoint)["global_step"],
         "training": {name: round(value, 3) for name, value in cli.stopwatch.state_dict().items()},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -502,8 +505,13 @@ def main(args: Sequence[str] | None = None) -> None:
     except SIGTERMException:
         assert cli is not None
         if rank_zero_only.rank == 0:
-            again = program("--config", str(config_file(cli.run_dir, cli.yaml())), "--ckpt_path", "last")
-            sys.stderr.write(f"stopped at meta-update {cli.trainer.global_step}, saved; go on with: {again}\n")
+            if cli.setting("stage") != "fit" or cli.trainer.testing:
+                sys.stderr.write("stopped in the test, of which nothing is kept; what was trained is as it was\n")
+            else:
+                again = program("--config", str(config_file(cli.run_dir, cli.yaml())), "--ckpt_path", "last")
+                step, saved = cli.trainer.global_step, saved_at(cli.trainer)
+                what = "saved" if saved == step else f"of which {max(saved, 0)} are saved"
+                sys.stderr.write(f"stopped at meta-update {step}, {what}; go on with: {again}\n")
         sys.exit(128 + signal.SIGTERM)
     finally:
         release()

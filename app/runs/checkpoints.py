@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from datamodules.core.errors import ConfigError
+from models.core.checkpoint_io import AtomicCheckpointIO
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -37,6 +38,18 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
 
+def unwritten(trainer: pl.Trainer) -> dict[Path, OSError]:
+    """Checkpoints that cannot be written, and why; tried again, and the same in all processes."""
+    checkpoint_io = trainer.strategy.checkpoint_io
+    failed = checkpoint_io.write() if isinstance(checkpoint_io, AtomicCheckpointIO) else {}
+    return trainer.strategy.broadcast(failed)
+
+
+def saved_at(trainer: pl.Trainer) -> int:
+    """The meta-updates that a run's last checkpoint has, as far as this process saved one; else -1."""
+    return max((c.saved_at for c in trainer.callbacks if isinstance(c, LastCheckpoint)), default=-1)  # pyright: ignore
+
+
 class LastCheckpoint(Checkpoint):
     """``last.ckpt``: where a run goes on.
 
@@ -57,7 +70,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
-        self._saved_at = -1
+        self.saved_at = -1  # meta-updates
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # In place of Lightning's own handler, which talks to other processes from within the signal.
@@ -85,11 +98,12 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if self._validates(trainer):
+            return  # saved, and stopped where that is asked, after its validation, so that resume does not skip it
         if self._stop_requested(trainer):
             self.save(trainer)
             raise SIGTERMException
-        # A step that validates is saved after its validation, so that resume does not skip it.
-        if trainer.global_step % self.every_n_steps == 0 and not self._validates(trainer):
+        if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -104,19 +118,26 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.save(trainer)
+        if failed := unwritten(trainer):
+            path, error = next(iter(failed.items()))
+            raise ConfigError(
+                f"meta-training is done, but {path} could not be written ({error.strerror}): make room for it, and go "
+                "on with --ckpt_path last"
+            )
 
     def save(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step != self._saved_at:
+        if trainer.global_step != self.saved_at:
             self._refuse_divergence(trainer)
-            self._saved_at = trainer.global_step
             trainer.save_checkpoint(self.path)
+            if self.path not in unwritten(trainer):
+                self.saved_at = trainer.global_step
 
     def _refuse_divergence(self, trainer: pl.Trainer) -> None:
         lost = [name for name, p in trainer.lightning_module.named_parameters() if not p.isfinite().all()]
         if lost:
             by_itself = not trainer.lightning_module.automatic_optimization
             clip = "--model.init_args.max_grad_norm" if by_itself else "--trainer.gradient_clip_val 1"
-            saved = f"{self.path} is from before" if self._saved_at > 0 else "nothing was saved yet"
+            saved = f"{self.path} is from before" if self.saved_at > 0 else "nothing was saved yet"
             raise ConfigError(
                 f"meta-training diverged: {lost[0]} is not finite after {trainer.global_step} meta-updates ({saved}): "
                 f"lower the rates, or clip gradients with {clip}"

@@ -14,6 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 FILE = "claim.json"
 VARIABLE = "METABOLT_START"  # the token, for the processes that a run starts
 SILENCE = 120.0  # seconds without a sign of life, after which a start on another machine counts as ended
@@ -96,32 +101,53 @@ def claim(folder: Path) -> bool:
         OSError: it cannot be made, or written to.
     """
     own = Start.own()
-    folder.mkdir(parents=True, exist_ok=True)
-    for _ in range(100):  # each turn somebody else was quicker
+    with _alone(folder):
+        # Whole from the beginning: whoever sees it can read it.
+        part = folder / f".{FILE}.{own.pid}.{secrets.token_hex(4)}"
+        part.write_text(json.dumps(asdict(own)))
+        now = part.stat().st_mtime  # by the clock of the disk, which the claim's age goes by too
         try:
-            # Whole from the beginning: whoever sees it can read it.
-            part = folder / f".{FILE}.{own.pid}.{secrets.token_hex(4)}"
-            part.write_text(json.dumps(asdict(own)))
-            now = part.stat().st_mtime  # by the clock of the disk, which the claim's age goes by too
-            try:
-                os.link(part, folder / FILE)
-            finally:
-                part.unlink()
-            _mine.add(folder)
-            _renew()
-            return True
-        except FileExistsError:
-            other = holder(folder)
-            if other is not None and other.token == own.token:
-                return True
-            if other is not None and (other.alive if other.host == own.host else not _silent(folder, now)):
-                return False
-            # Left behind by a start that ended; only one of those who want it moves it away.
-            stale = folder / f".{FILE}.stale.{secrets.token_hex(4)}"
+            if (folder / FILE).exists():
+                other = holder(folder)
+                if other is not None and other.token == own.token:
+                    return True
+                if other is not None and (other.alive if other.host == own.host else not _silent(folder, now)):
+                    return False
+                (folder / FILE).unlink()  # left behind by a start that ended
+            os.link(part, folder / FILE)
+        except FileExistsError:  # where files cannot be locked, somebody else was quicker
+            return False
+        finally:
+            part.unlink()
+    _mine.add(folder)
+    _renew()
+    return True
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other start looks at the claim of a directory meanwhile; makes the directory."""
+    path = folder / f".{FILE}.lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "w")  # noqa: SIM115 (closed below, after the file is gone)
+        except FileNotFoundError:  # somebody gave the directory back just now
+            continue
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
-                os.rename(folder / FILE, stale)
-                stale.unlink()
-    return False
+                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                    continue  # who had the lock took the file away: lock the new one
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            file.close()
 
 
 def _silent(folder: Path, now: float) -> bool:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from app.runs.claim import claim, holder
 from datamodules.core.errors import ConfigError
 from models.core.checkpoint_io import CHECKPOINTS
@@ -27,15 +29,29 @@ def run_path(runs: Path, name: str) -> Path:
     return runs.joinpath(*parts)
 
 
-def _versions(first: Path) -> list[Path]:
-    """The directories of a run's name, oldest first: name, name-2, name-3, …"""
+def _is_run(folder: Path) -> bool:
+    """Whether a run left anything that is to be kept; its configuration may be lost."""
+    return any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, RESULTS))
+
+
+def _versions(first: Path, name: str) -> list[Path]:
+    """The directories of a run's name, oldest first: name, name-2, name-3, …; not those of a run that is named so."""
     pattern = re.compile(re.escape(first.name) + r"(?:-(\d+))?")
     found = []
     for path in first.parent.iterdir() if first.parent.is_dir() else []:
         match = pattern.fullmatch(path.name)
-        if match and (path / CONFIG).is_file():
+        if match and _is_run(path) and (match[1] is None or _name_of(path) == name):
             found.append((int(match[1] or 1), path))
     return [path for _, path in sorted(found)]
+
+
+def _name_of(folder: Path) -> str | None:
+    """The name that a run's configuration has; None where there is none to read."""
+    try:
+        line = re.search(r"^name: .*", (folder / CONFIG).read_text(), re.MULTILINE)
+        return None if line is None else str(yaml.safe_load(line[0])["name"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
 
 
 def config_file(folder: Path, content: str) -> Path:
@@ -49,7 +65,7 @@ def config_file(folder: Path, content: str) -> Path:
 
 
 def choose_run(
-    runs: Path, name: str, ckpt_path: str | None, stage: str, take: bool = False
+    runs: Path, name: str, ckpt_path: str | None, stage: str, take: bool = False, configs: Sequence[Path] = ()
 ) -> tuple[Path, Path | None]:
     """Where a run lives and which checkpoint it starts from.
 
@@ -58,17 +74,19 @@ def choose_run(
         name: of the run; with slashes, in folders of ``runs``.
         ckpt_path: None, "last", "best", or a file.
         stage: "fit" starts a new directory unless it goes on with "last"; others use the one that the checkpoint is
-            of, or the newest one of the name.
+            of. Otherwise it is the one that a configuration was given of, or the newest one of the name.
         take: claim the directory that is trained in, see ``claim``: another start of the same name gets the next.
             Otherwise nothing is created.
+        configs: configuration files that were given.
 
     Raises:
         ConfigError: a checkpoint that is asked for and not there, unless it is "last" for fit; a run that another
             process trains; a name or a folder that cannot be.
     """
     first = run_path(runs, name)
-    versions = _versions(first)
-    newest = versions[-1] if versions else first
+    versions = _versions(first, name)
+    given = [v for v in versions if v.resolve() in {file.resolve().parent for file in configs}]
+    newest = (given or versions or [first])[-1]
     take = take and stage == "fit"
     if ckpt_path in ("last", "best"):
         file = newest / CHECKPOINTS / f"{ckpt_path}.ckpt"
@@ -90,7 +108,7 @@ def choose_run(
     while True:
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
         # Who claimed it before may have ended without a trace, or begun in the meantime.
-        if not take or (_claimed(folder) and not (folder / CONFIG).is_file()):
+        if not take or (_claimed(folder) and not _is_run(folder)):
             return folder, file
         number += 1
 

@@ -29,18 +29,33 @@ _END, _END_SIZE = b"PK\x05\x06", 22  # of a zip archive without a comment; its l
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint is there whole or not at all, also after a kill or on a full disk, and loads as weights only.
 
-    It is written with a checksum of all its bytes, which every load verifies.
+    It is written with a checksum of all its bytes, which every load verifies. One that cannot be written is kept in
+    memory, in place of an earlier one of the same path, and tried again with every further save.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unwritten: dict[Path, bytes] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        try:
-            write_atomically(Path(path), sealed(buffer.getvalue()))
-        except OSError as error:
+        self._unwritten[Path(path)] = sealed(buffer.getvalue())
+        for late, error in self.write().items():
             # A long training is worth more than this checkpoint: what was there before is untouched.
             cure = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
-            rank_zero_warn(f"could not write {path} ({error.strerror}): training goes on, {cure} before it ends")
+            rank_zero_warn(f"could not write {late} ({error.strerror}): training goes on, {cure} before it ends")
+
+    def write(self) -> dict[Path, OSError]:
+        """Write what is not written yet; what cannot be, and why."""
+        failed = {}
+        for path, content in list(self._unwritten.items()):
+            try:
+                write_atomically(path, content)
+                del self._unwritten[path]
+            except OSError as error:
+                failed[path] = error
+        return failed
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         # As Lightning's own: what a GPU wrote loads where there is none, and the strategy moves it on.

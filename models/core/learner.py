@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -298,9 +299,10 @@ class MetaLearner(pl.LightningModule):
             cast(TaskMetrics, metrics).declared.update(self.trainer.datamodule.own_metrics)
 
     def on_train_batch_start(self, batch: Episodes, batch_idx: int) -> None:
-        # What a step draws (dropout, latent samples) is a function of seed, step and process: resume is exact.
+        # What a step draws (dropout, latent samples) is a function of seeds, step and process: resume is exact.
         step = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        torch.manual_seed(hash((self.trainer.datamodule.seed, step, self.global_rank)) & (2**63 - 1))
+        seeds = (self.trainer.datamodule.seed, int(os.environ.get("PL_GLOBAL_SEED", 0)))
+        torch.manual_seed(hash((*seeds, step, self.global_rank)) & (2**63 - 1))
 
     def on_train_batch_end(self, outputs: Any, batch: Episodes, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:

@@ -35,7 +35,7 @@ def classification_metrics(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """
     log_p = logits.float().log_softmax(-1)
     confidence, label = log_p.exp().max(-1)
-    correct = (label == target).float()
+    correct = (label == target).float().where(~confidence.isnan(), torch.nan)  # no label is predicted
     nll = -log_p.gather(-1, target[..., None]).squeeze(-1).mean(-1)
     # Bins are open on the left, as torchmetrics and Guo et al. have them.
     bin_of = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1

@@ -39,7 +39,7 @@ def fits(learner: torch.nn.Module, inputs: Tensor) -> None:
 
 
 def fits_task(learner: torch.nn.Module, tasks: MetaBatch) -> None:
-    """See whether tasks go through the learner's backbone, and whether its head has as many outputs as targets have.
+    """See whether tasks are whole and go through the learner's backbone, and whether its head fits the targets.
 
     Raises:
         ConfigError: they do not.
@@ -47,6 +47,14 @@ def fits_task(learner: torch.nn.Module, tasks: MetaBatch) -> None:
     if not isinstance(tasks, Episodes):
         return
     fits(learner, tasks.support_x[0])
+    for what, x, y in (("support", tasks.support_x, tasks.support_y), ("query", tasks.query_x, tasks.query_y)):
+        if x.is_floating_point() and not (x.isfinite().all() and (tasks.ways or y.isfinite().all())):
+            raise ConfigError(f"a {what} set of the data holds what is no finite number: mend the data")
+        if tasks.ways and not 0 <= int(y.min()) <= int(y.max()) < tasks.ways:
+            wrong = int(y.min()) if y.min() < 0 else int(y.max())
+            raise ConfigError(f"a {what} label is {wrong} but the tasks have {tasks.ways} ways: number classes from 0")
+    if tasks.ways and (tasks.support_y.sort(1).values.diff(dim=1) > 0).sum(1).min() < tasks.ways - 1:
+        raise ConfigError(f"a support set has no example of one of its {tasks.ways} classes: give each class one")
     outputs = getattr(learner, "outputs", None)
     if not tasks.ways and outputs not in (None, wanted := tasks.query_y.shape[-1]):
         raise ConfigError(

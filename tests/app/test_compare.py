@@ -373,6 +373,12 @@ def test_runs_that_differ_by_seed_are_averaged(tmp_path: Path, capsys: pytest.Ca
             )
     guessed(tmp_path / "alone", data, accuracy=torch.rand(12, generator=g))
     (tmp_path / "alone" / "config.yaml").write_text("seed_everything: 1\nmodel: {rate: 0.3}\n")
+    # The same seed twice, and one that was resumed with another rate, are no seeds of anything.
+    for name, rate in (("twice-a", 0.4), ("twice-b", 0.4), ("resumed", 0.1)):
+        guessed(tmp_path / name, data, accuracy=torch.rand(12, generator=g))
+        seed = 9 if name == "resumed" else 1
+        (tmp_path / name / "config.yaml").write_text(f"seed_everything: {seed}\nmodel: {{rate: {rate}}}\n")
+    (tmp_path / "resumed" / "config.resume-1.yaml").write_text("seed_everything: 9\nmodel: {rate: 0.7}\n")
     content = compare([Evaluation.load(folder) for folder in sorted(tmp_path.iterdir())])
     assert [row["learner"] for row in content["over_seeds"]] == ["maml-0.1-seed ×3", "maml-0.2-seed ×3"]
     by_task = [np.mean([tables[rate, seed].double().numpy() for seed in (1, 2, 3)], 0) for rate in (0.1, 0.2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import math
@@ -9,16 +10,19 @@ import os
 import signal
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from app.cli.builder import main
+from app.runs.claim import release
 from app.runs.directory import choose_run
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
+from models.core import checkpoint_io
 from models.core.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from tests.support.processes import kills, same_weights, start, wait_for_step
 from tests.support.toy import ToyImages, command, weights
@@ -123,6 +127,49 @@ def test_full_disk_keeps_the_old_checkpoint_and_goes_on(tmp_path, monkeypatch):
         io.save_checkpoint({"step": 2}, path)
     assert load_checkpoint(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    monkeypatch.undo()
+    io.save_checkpoint({"step": 3}, tmp_path / "best.ckpt")
+    assert load_checkpoint(path) == {"step": 2}
+
+
+@pytest.mark.parametrize("until", [9, 99])
+def test_a_disk_that_is_full_for_a_while_costs_nothing_or_is_told(until, tmp_path, monkeypatch, capsys):
+    """Catches a checkpoint that counts as saved and is not: results of older weights, and a run that ends as if all
+    were well."""
+    write = checkpoint_io.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if 5 < progress["step"] < until:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    progress = {"step": 0}
+    monkeypatch.setattr(checkpoint_io, "write_atomically", full)
+    flags = ("--trainer.val_check_interval", "4", "--trainer.callbacks", f"{__name__}.Progress")
+    Progress.told = progress
+    main(command("MAML", tmp_path / "whole", *flags[:2], steps=12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if until > 12:
+            with pytest.raises(SystemExit) as ended:
+                main(command("MAML", tmp_path, *flags, steps=12))
+            assert ended.value.code == 2
+            assert "could not be written (No space left on device)" in capsys.readouterr().err
+            assert load_checkpoint(tmp_path / "maml" / "checkpoints" / "last.ckpt")["global_step"] == 4
+            return
+        main(command("MAML", tmp_path, *flags, steps=12))
+    runs = (tmp_path / "whole" / "maml", tmp_path / "maml")
+    assert all(same_weights(*(run / "checkpoints" / f"{name}.ckpt" for run in runs)) for name in ("last", "best"))
+    assert results_of(runs[0])["metrics"] == results_of(runs[1])["metrics"]
+
+
+class Progress(pl.Callback):
+    """Tells how many meta-updates there were."""
+
+    told: ClassVar[dict[str, int]] = {}
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.told["step"] = trainer.global_step
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"text, not a checkpoint"])
@@ -139,7 +186,7 @@ def test_choice_of_run(tmp_path):
     """Catches a fresh run in an old directory, and last, best or test that look in the wrong one."""
     assert choose_run(tmp_path, "a", None, "fit") == (tmp_path / "a", None)
     for name in ("a", "a-2", "a-10", "a-b"):
-        write_atomically(tmp_path / name / "config.yaml", "")
+        write_atomically(tmp_path / name / "config.yaml", "name: a\n")
     assert choose_run(tmp_path, "a", None, "fit")[0].name == "a-11"
     assert choose_run(tmp_path, "a", None, "test")[0].name == "a-10"
     assert choose_run(tmp_path, "a", "last", "fit") == (tmp_path / "a-10", None)
@@ -149,6 +196,57 @@ def test_choice_of_run(tmp_path):
         choose_run(tmp_path, "a", "best", "test")
     with pytest.raises(ConfigError, match="existing file"):
         choose_run(tmp_path, "a", "nothing.ckpt", "fit")
+    # By its configuration, or by its checkpoint, an older one is meant.
+    config = tmp_path / "a-2" / "config.yaml"
+    write_atomically(tmp_path / "a-2" / "checkpoints" / "best.ckpt", "")
+    assert choose_run(tmp_path, "a", "last", "fit", configs=[config]) == (tmp_path / "a-2", None)
+    assert choose_run(tmp_path, "a", None, "test", configs=[Path("other.yaml"), config])[0].name == "a-2"
+    assert choose_run(tmp_path, "a", str(tmp_path / "a-2" / "checkpoints" / "best.ckpt"), "test")[0].name == "a-2"
+
+
+def test_a_run_that_is_named_like_a_number_of_another_is_its_own(tmp_path):
+    """Catches ``sin`` that goes on in, or overwrites, what was trained as ``sin-10``; and a run whose configuration
+    was lost, and that is overwritten."""
+    for name in ("sin", "sin-10"):
+        write_atomically(tmp_path / name / "config.yaml", f"name: {name}\nruns: runs\n")
+        write_atomically(tmp_path / name / "checkpoints" / "last.ckpt", "")
+    assert choose_run(tmp_path, "sin", "last", "fit")[0].name == "sin"
+    assert choose_run(tmp_path, "sin", None, "test")[0].name == "sin"
+    assert choose_run(tmp_path, "sin-10", "last", "fit")[0].name == "sin-10"
+    write_atomically(tmp_path / "sin-2" / "results.json", "{}")
+    assert choose_run(tmp_path, "sin", None, "fit", take=True)[0].name == "sin-3"
+    release()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_step_that_validates_waits_for_the_validation(number, tmp_path):
+    """Catches a validation that is skipped for good, with the best checkpoint that it would have chosen."""
+    signals = ("--trainer.callbacks", f"{__name__}.SignalsItself", "--trainer.callbacks.number", str(int(number)))
+    cut = command("MAML", tmp_path / "cut", "--checkpoint_every", "3", *signals, "--ckpt_path", "last")
+    main(command("MAML", tmp_path / "whole", "--checkpoint_every", "3"))
+    with pytest.raises(SystemExit, match="143"):
+        main(cut)
+    main(cut)
+    whole, cut = (tmp_path / runs / "maml" for runs in ("whole", "cut"))
+    assert results_of(whole)["metrics"] == results_of(cut)["metrics"]
+    assert same_weights(*(r / "checkpoints" / "best.ckpt" for r in (whole, cut)))
+    assert [row["step"] for row in validations(cut)] == [row["step"] for row in validations(whole)] == ["5", "11"]
+
+
+class SignalsItself(pl.Callback):
+    """Sends a signal to its own process, at the end of a step that validates."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            os.kill(os.getpid(), self.number)
+
+
+def validations(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["val/accuracy"]]
 
 
 def results_of(run: Path) -> dict[str, Any]:

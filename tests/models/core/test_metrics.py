@@ -58,6 +58,13 @@ def test_calibration_equals_torchmetrics_and_nll_equals_cross_entropy():
     assert result["ece_ci95"] > 0
 
 
+def test_what_is_no_number_predicts_no_class():
+    """Catches predictions that are not finite and count as the first class: chance, and trusted."""
+    logits = torch.tensor([[[0.0, 1.0], [torch.nan, torch.nan]], [[0.0, 1.0], [3.0, 1.0]]])
+    found = classification_metrics(logits, torch.tensor([[1, 0], [1, 0]]))
+    assert found["accuracy"].isnan().tolist() == found["nll"].isnan().tolist() == [True, False]
+
+
 def test_mixed_precision_rounds_no_metric():
     """Catches the sums of confidences that calibration is made of, multiplied in bfloat16."""
     logits, target = torch.randn(3, 75, 5).bfloat16(), torch.randint(5, (3, 75))
