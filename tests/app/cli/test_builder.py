@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 
 import pytest
 import yaml
@@ -199,3 +201,30 @@ def test_the_best_checkpoint_is_chosen_by_what_is_asked_for(tmp_path, capsys):
         cli = MetaboltCLI(["--model", f"models.{model}", *robot, "--trainer.max_steps", "3"])
         (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, BestCheckpoint)]
         assert (callback.monitor, callback.mode) == (f"val/{chosen}", "max")
+
+
+def test_a_start_that_is_refused_leaves_no_run(capsys, tmp_path):
+    """Catches a folder without a training, which ``--ckpt_path last`` then goes on with in place of the real run."""
+    main(command("ProtoNet", tmp_path, steps=2))
+    error(capsys, *command("ProtoNet", tmp_path, "--data.ways", "200", steps=2))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["protonet"]
+    main(command("ProtoNet", tmp_path, "--ckpt_path", "last", steps=4))
+    assert load_checkpoint(tmp_path / "protonet" / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert [folder.name for folder in tmp_path.iterdir()] == ["protonet"]
+
+
+def test_the_test_that_is_told_to_do_again_is_the_one_that_was_done(capsys, tmp_path):
+    """Catches a hint that, after a resume with other settings, measures other tasks and overwrites the results; one
+    that tests the newest run of the name for an older one; and steps of the training for those of the checkpoint."""
+    for flags in ((), ("--ckpt_path", "last", "--data.test_tasks", "20")):
+        main(command("ProtoNet", tmp_path, *flags, steps=6 + 2 * len(flags)))
+    hint = re.search(r"again: python (\S*train.py .*)", capsys.readouterr().out.rsplit("run folder", 1)[1])
+    assert hint is not None and "config.resume-1.yaml" in hint[1]
+    run = tmp_path / "protonet"
+    before = json.loads((run / "results.json").read_text())
+    main(command("ProtoNet", tmp_path, steps=2))  # of the same name
+    main(shlex.split(hint[1])[1:])
+    after = json.loads((run / "results.json").read_text())
+    assert after["metrics"] == before["metrics"] and after["tasks"] == 20
+    best = load_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"]
+    assert after["meta_steps"] == before["meta_steps"] == best

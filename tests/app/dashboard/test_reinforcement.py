@@ -187,6 +187,21 @@ def test_trajectories_are_the_walks_of_the_test(tmp_path: Path):
     assert torch.allclose(positions.diff(dim=2), STRIDE * moves, atol=1e-6)
 
 
+def test_trajectories_of_adapted_policies_are_of_one_episode_of_each_block(tmp_path: Path):
+    """Catches a learner whose trials are no agent's, and whose walks are of another number of gradient steps."""
+    point_robot = [*("--data", "datamodules.PointRobot", "--data.horizon", "5", "--data.episodes", "3")]
+    sizes = ("--model.observations", "2", "--model.actions", "2")
+    probe, _ = untrained(command("MAMLPolicy", tmp_path, *point_robot, *sizes))
+    learner: Any = probe.learner
+    _, batch = probe.sample(range(4))
+    with torch.inference_mode():
+        trial = learner.shown_trial(batch)
+        blocks = [block for _, block in learner.blocks(batch, 2)]
+    assert positions_of(trial, 3).shape == (4, 3, 6, 2)
+    for k, block in enumerate(blocks):
+        assert torch.equal(trial.reward[5 * k : 5 * k + 5], block.reward[:, :: learner.rollouts])
+
+
 def test_positions_do_not_take_what_is_revealed(tmp_path: Path):
     """Catches an oracle's picture made of four numbers of each observation."""
     probe, _ = untrained(walks(tmp_path, "--wandb", "off", "--data.revealed", "true", "--model.observations", "4"))

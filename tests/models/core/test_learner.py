@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import models
+from app.cli.builder import main
 from datamodules import Support
 from models import ABML, ANIL, IMAML, MAML, MLP, Baseline, MetaSGD, ProtoNet, Reptile
 from models.core.inner_loop import adapted, with_gradient
 from models.networks.batch_norm import BatchNorm
+from tests.support.toy import ToyImages, command, train_for
 
 DOUBLE = torch.float64
 REPEATED = torch.tensor([0, 0, 0, 0, 1, 2])
@@ -80,3 +83,13 @@ def test_statistics_of_a_support_set_are_of_the_step_that_led_here(step, place):
     network[1].per_step(3)
     state = adapted(network, {}, Support(torch.randn(6, 4), REPEATED, 3), "support", step)
     assert {of for _, of in state.statistics} == {place}
+
+
+def test_a_learner_that_was_loaded_is_trained_on_as_any_other(tmp_path):
+    """Catches batch norm that stays in evaluation, where its running averages never move."""
+    main(command("ProtoNet", tmp_path, steps=2))
+    loaded = models.load(tmp_path / "protonet" / "checkpoints" / "last.ckpt")
+    assert not loaded.training
+    before = {n: b.clone() for n, b in loaded.named_buffers() if "running" in n}
+    train_for(loaded, ToyImages(ways=3, meta_batch_size=2), 2)
+    assert before and all(not torch.equal(b, before[n]) for n, b in loaded.named_buffers() if n in before)

@@ -27,7 +27,7 @@ def labelled(labels: list[int]):
     ],
 )
 def test_what_is_no_task_is_refused(batch, said):
-    """Catches labels of no class, classes of no example and inputs of no number, which end as a learner's divergence."""
+    """Catches labels of no class, classes of no example and inputs of no number, which would diverge."""
     learner = ProtoNet(Conv4(hidden=4, image_size=8)).double()
     fits_task(learner, episodes(tasks=2))
     with pytest.raises(ConfigError, match=said):
