@@ -20,8 +20,10 @@ import torch
 from app.cli.builder import main
 from app.runs.claim import release
 from app.runs.directory import choose_run
+from app.runs.resume import follow_configuration
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
+from models import Conv4, ProtoNet
 from models.core import checkpoint_io
 from models.core.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from tests.support.processes import kills, same_weights, start, wait_for_step
@@ -355,3 +357,24 @@ def test_a_cosine_that_ends_before_the_run_is_told(length, warned, tmp_path):
         warnings.simplefilter("always")
         main(command("ProtoNet", tmp_path, *COSINE, str(length), steps=4))
     assert any("rises again: give" in str(w.message) for w in told) == warned
+
+
+def test_a_schedule_by_plateaus_goes_on_with_what_it_counted():
+    """Catches a plateau that is counted from its beginning after a resume, and settings that flags do not win."""
+    learner = ProtoNet(
+        Conv4(hidden=4, image_size=8),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=7),
+    )
+    optimizer = torch.optim.Adam(learner.parameters())
+    before = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=3)
+    for value in (0.5, 0.7, 0.6):
+        before.step(value)
+    checkpoint = {
+        "global_step": 3,
+        "lr_schedulers": [before.state_dict()],
+        "optimizer_states": [optimizer.state_dict()],
+    }
+    follow_configuration(learner, checkpoint)
+    (after,) = checkpoint["lr_schedulers"]
+    assert (after["best"], after["num_bad_epochs"], after["last_epoch"]) == (0.5, 2, 3)
+    assert after["patience"] == 7
