@@ -100,7 +100,7 @@ def confusion_matrix(probe: Probe, confusions: Confusions) -> Any:
     """
     names = probe.class_names(confusions.ids)
     groups = probe.groups(confusions.ids)
-    title = f"Queries given to another class, {confusions.tasks} tasks"
+    title = f"Share of a class's queries given to another class, {confusions.tasks} tasks"
     if len(names) <= 30:
         parts = (confusions.wrong, confusions.asked, names)
     elif groups is not None and len(set(groups)) > 1:

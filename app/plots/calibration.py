@@ -24,8 +24,17 @@ def _shares(axes: Axes, x: str, y: str) -> None:
     axes.legend(loc="upper left")
 
 
+def wilson(correct: Any, count: Any) -> np.ndarray:
+    """Bounds (2, …) of the 95 % interval of a share, of so many among so many (Wilson, JASA 1927)."""
+    z, n = 1.96, np.asarray(count, np.float64)
+    share = np.asarray(correct, np.float64) / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return np.stack([centre - half, centre + half])
+
+
 def draw_reliability(axes: Axes, bins: Any) -> None:
-    """Accuracy against confidence; on the diagonal a learner is as often right as it says.
+    """Accuracy against confidence, with 95 % intervals; on the diagonal a learner is as often right as it says.
 
     Args:
         axes: to draw on.
@@ -39,6 +48,8 @@ def draw_reliability(axes: Axes, bins: Any) -> None:
     width = 1 / len(count)
     axes.bar((np.arange(len(count)) + 0.5) * width, share, width * 0.92, color=LINE, label="share of the queries")
     axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 2)), label="as often right as said")
+    bounds = np.abs(wilson(correct[full], count[full]) - observed)
+    axes.errorbar(said, observed, yerr=bounds, color=MAIN, fmt="none", lw=1, alpha=0.6)
     axes.plot(said, observed, color=MAIN, marker="o", ms=4.5, label=f"measured, ECE {100 * error:.2f} %")
     _shares(axes, "confidence of the prediction", "accuracy")
 
@@ -81,7 +92,7 @@ def coverage(levels: Any, title: str = "Calibration") -> Figure:
 
 
 def draw_open_set(axes: Axes, known: Any, unknown: Any, ways: int) -> None:
-    """How many queries have a prediction of at most so much entropy, of the task's classes and of others.
+    """Which share of queries has a prediction of less entropy, of the task's classes and of others.
 
     Args:
         axes: to draw on.
@@ -96,7 +107,7 @@ def draw_open_set(axes: Axes, known: Any, unknown: Any, ways: int) -> None:
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("entropy of the prediction (nats)")
-    axes.set_ylabel("queries of at most so much")
+    axes.set_ylabel("share of queries with less")
     axes.legend(loc="best")
 
 

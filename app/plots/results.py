@@ -118,7 +118,7 @@ def comparison(
         row[1].axvline(0, color=INK, lw=1, ls=(0, (4, 2)))
         _dots(row[1], [d["metrics"].get(name) for d in differences], pairs, share, (INK,))
         row[0].set_title(title)
-        row[1].set_title("paired difference")
+        row[1].set_title(f"paired difference{', percentage points' if share else ''}")
     figure.suptitle(f"{over}: mean and 95 % interval", x=0.01, ha="left", fontsize=12)
     return figure
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 from matplotlib.patches import Rectangle
+from scipy.stats import binomtest
 
 from app.plots import adaptation, calibration, confusion, embeddings, episodes, results, style
 from datamodules.core.metric import Metric
@@ -257,6 +258,13 @@ def test_odd_figures_make_a_histogram_too(values: list[float], name: str):
     figure = results.histogram(values, METRICS[name], name)
     assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == np.isfinite(values).sum()
     drawn(figure)
+
+
+@pytest.mark.parametrize(("correct", "count"), [(0, 1), (3, 4), (970, 1000), (5, 5)])
+def test_bounds_of_a_share_are_wilsons(correct, count):
+    """Catches bounds beyond 0 and 1, and none where all or no queries are right: against scipy's."""
+    expected = binomtest(correct, count).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(calibration.wilson(correct, count), [expected.low, expected.high], atol=2e-5)
 
 
 def test_the_reliability_diagram_is_that_of_its_bins():
