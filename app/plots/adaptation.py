@@ -155,7 +155,7 @@ def _label_fits(figure: Figure, panels: np.ndarray, title: str) -> None:
 
 
 def read_curve(path: Path, metric_name: str) -> np.ndarray:
-    """Validations from metrics.csv: (N, 3) of tasks seen, the figure and the half-width of its 95 % interval.
+    """Validations from metrics.csv: (N, 3) of tasks seen, the metric and the half-width of its 95 % interval.
 
     Raises:
         OSError: the file cannot be read.

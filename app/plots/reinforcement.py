@@ -1,4 +1,4 @@
-"""Pictures of reinforcement learning: returns, regret, trajectories, arms pulled, latents of tasks; see figures.py."""
+"""Pictures of reinforcement learning: returns, regret, trajectories, arms pulled, latents of tasks."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_stages_validate_and_test_use_the_best_checkpoint(capsys, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["protonet"]
 
 
-def test_figures_that_are_no_numbers_are_told(tmp_path, capsys):
+def test_metrics_that_are_no_numbers_are_told(tmp_path, capsys):
     """Catches a closing table that fails on a metric that is not a number, and with it the results."""
     diverging = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e20")
     main(command("MAML", tmp_path, *diverging, steps=1))  # weights that are finite, and useless

@@ -115,7 +115,7 @@ def test_the_summary_has_everything(run: Path, sessions: list[Path]):
     assert seen["test/per_task"]["nrows"] == TESTS
 
 
-def test_figures_stand_against_tasks_seen_without_a_gap(sessions: list[Path]):
+def test_metrics_stand_against_tasks_seen_without_a_gap(sessions: list[Path]):
     """Would catch: steps for an axis, a resume that starts at 0 again, or validations that are lost."""
     records = [read(s) for s in sessions]
     for session in records:

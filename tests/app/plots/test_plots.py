@@ -238,7 +238,7 @@ def test_confused_pairs_tell_names_and_numbers(count: int):
 
 @pytest.mark.parametrize(("name", "worst"), [("accuracy", 0.05), ("mse", 0.95)])
 def test_the_histogram_holds_all_tasks_and_marks_the_worst_tenth(name: str, worst: float):
-    """Would catch: tasks outside of the edges, or the best tenth marked for a figure that should be low."""
+    """Would catch: tasks outside of the edges, or the best tenth marked for a metric that should be low."""
     values = np.arange(100) / 100
     figure = results.histogram(values, METRICS[name], name)
     heights = [[bar.get_height() for bar in container] for container in figure.axes[0].containers]
@@ -253,8 +253,8 @@ def test_the_histogram_holds_all_tasks_and_marks_the_worst_tenth(name: str, wors
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [0.5, float("nan"), 0.7], [1e-6, 1.0, 1e6, 2.0, 3.0]])
 @pytest.mark.parametrize("name", ["accuracy", "mse"])
-def test_odd_figures_make_a_histogram_too(values: list[float], name: str):
-    """Would catch: no spread, one task, a task that diverged or figures over decades that break the edges."""
+def test_odd_metrics_make_a_histogram_too(values: list[float], name: str):
+    """Would catch: no spread, one task, a task that diverged or values over decades that break the edges."""
     figure = results.histogram(values, METRICS[name], name)
     assert sum(bar.get_height() for bar in figure.axes[0].containers[0]) == np.isfinite(values).sum()
     drawn(figure)

@@ -508,7 +508,7 @@ class Uniform:
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_numbers_of_a_step_become_metrics(processes):
-    """Catches successes and other figures of an environment that nobody sees, or of another episode's steps."""
+    """Catches successes and other metrics of an environment that nobody sees, or of another episode's steps."""
     data = GymnasiumTasks(
         f"{__name__}.Faulty", 2, episodes=3, processes=processes, info_metrics=["success", "distance", "absent"]
     )

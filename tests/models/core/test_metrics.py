@@ -212,7 +212,7 @@ def test_families_and_clusters_are_counted_over_tasks():
     assert 0 < result["nmi_ci95"] < 0.5
 
 
-def test_the_interval_of_a_pooled_figure_is_that_of_repeated_draws_of_tasks():
+def test_the_interval_of_a_pooled_metric_is_that_of_repeated_draws_of_tasks():
     """Catches resamples of queries instead of tasks, whose interval is far too narrow: tasks differ here."""
     rng = np.random.default_rng(0)
 

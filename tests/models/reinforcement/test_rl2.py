@@ -547,7 +547,7 @@ def metrics(folder) -> dict:
     return json.loads((folder / "results.json").read_text())["metrics"]
 
 
-def test_figures_do_not_depend_on_the_size_of_batches(runs, tmp_path):
+def test_metrics_do_not_depend_on_the_size_of_batches(runs, tmp_path):
     """Catches chance that goes by places in a batch: 30 tasks at once, by 7 and one by one."""
     checkpoint = ["--ckpt_path", str(runs / "one" / "checkpoints" / "best.ckpt")]
     for size in ("30", "7", "1"):

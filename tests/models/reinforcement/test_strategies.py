@@ -34,7 +34,7 @@ def test_every_strategy_has_a_toy_configuration():
 
 
 @pytest.mark.parametrize(("name", "strategy"), EVERY)
-def test_figures_depend_on_the_tasks_alone(name, strategy, tmp_path):
+def test_metrics_depend_on_the_tasks_alone(name, strategy, tmp_path):
     """Catches chance that depends on how tasks are batched, or that differs between runs."""
     first, other = (
         metrics(name, tmp_path / size, "--model.strategy", strategy, "--data.eval_batch_size", size)
