@@ -273,7 +273,7 @@ class GymnasiumTasks(EnvironmentDataModule):
     ``sample_task(rng)`` draws a task with a NumPy generator: a dictionary of numbers, text, or arrays of fixed shape,
     which are kept in single precision; ``sample_task(rng, split)`` is told "train", "val" or "test" as well.
     ``set_task(task)`` is called with it before each reset, and may give ``action_space`` other bounds. For instance, in
-    my_tasks.py::
+    my_envs.py::
 
         class Corridor(gymnasium.Env):
             observation_space = gymnasium.spaces.Box(-10.0, 10.0, (1,))
@@ -294,7 +294,7 @@ class GymnasiumTasks(EnvironmentDataModule):
                 self.x = self.x + action
                 return self.x, -abs(float(self.x[0]) - self.goal), False, False, {}
 
-    is trained on with ``--config configs/reinforcement/rl2/gymnasium.yaml --data.env my_tasks.Corridor
+    is trained on with ``--config configs/reinforcement/rl2/gymnasium.yaml --data.env my_envs.Corridor
     --data.horizon 20``. See GymnasiumEnvironment for what becomes of observations, actions and early ends.
 
     Args:

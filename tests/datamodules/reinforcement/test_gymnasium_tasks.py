@@ -306,7 +306,7 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     text = GymnasiumTasks.__doc__
     assert text is not None
     lines = text.split("::\n", 1)[1].split("is trained on")[0].splitlines()
-    (tmp_path / "my_tasks.py").write_text("import gymnasium\n" + "\n".join(line[8:] for line in lines))
+    (tmp_path / "my_envs.py").write_text("import gymnasium\n" + "\n".join(line[8:] for line in lines))
     monkeypatch.syspath_prepend(str(tmp_path))
     flags = text.split("trained on with ``")[1].split("``")[0].split()
     flags[1] = str(ROOT / flags[1])
