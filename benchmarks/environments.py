@@ -187,7 +187,7 @@ def random_actions(environment: Any, steps: int, rows: int) -> Tensor:
 
 def plain(family: Family, batch: Environments) -> list[Callable[[], gymnasium.Env]]:
     """Constructors of gymnasium's environments for the tasks of a batch."""
-    facts = {name: value.double().numpy() for name, value in batch.task.items() if name != "number"}
+    facts = {name: value.double().numpy() for name, value in batch.task.items()}
     return [partial(family.plain, **{name: value[i] for name, value in facts.items()}) for i in range(len(batch))]
 
 

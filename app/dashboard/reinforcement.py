@@ -136,7 +136,6 @@ def latents_of(probe: Probe, tasks: int) -> tuple[Tensor, Tensor, list[str]] | N
         return None
     names = []
     for name, value in batch.task.items():
-        if name != "number":
-            size = value[0].numel()
-            names += [name] if size == 1 else [f"{name} {1 + k}" for k in range(size)]
+        size = value[0].numel()
+        names += [name] if size == 1 else [f"{name} {1 + k}" for k in range(size)]
     return latents.float().cpu(), facts, names

@@ -113,7 +113,7 @@ class Environment:
 
     def describe(self, task: Facts) -> Tensor:
         """What tells the tasks apart as numbers, (N, facts)."""
-        return torch.cat([value.reshape(len(value), -1).float() for n, value in task.items() if n != "number"], 1)
+        return torch.cat([value.reshape(len(value), -1).float() for value in task.values()], 1)
 
     def shared(self) -> tuple[float, ...]:
         """Numbers, none below 0, of what all tasks share and what returns are not comparable without."""
@@ -140,8 +140,9 @@ class Environments(MetaBatch):
         seed, split: of the tasks.
         episodes: of a trial.
         meta_batch: number of tasks of the whole meta-batch, over all processes.
-        task: what tells the tasks apart, name to (T, …); "number" where there are finitely many.
+        task: what tells the tasks apart, name to (T, …).
         replica: (T,) int64, tells environments of one task apart; None where each task has one.
+        number: (T,) int64, which of finitely many tasks each is; None where each is another.
     """
 
     environment: Environment
@@ -152,6 +153,7 @@ class Environments(MetaBatch):
     meta_batch: int = 0
     task: Facts = field(default_factory=dict)
     replica: Tensor | None = None
+    number: Tensor | None = None
 
     def draws(self, *shape: int, purpose: int = 1) -> Tensor:
         """Uniform numbers in [0, 1), (T, *shape) float64, by (seed, split, index, purpose, replica) alone."""
@@ -163,7 +165,8 @@ class Environments(MetaBatch):
         """Every environment so many times, (T times,), one task's after another's, each with chance of its own."""
         replica = torch.arange(times, device=self.index.device).repeat(len(self))
         task = {name: value.repeat_interleave(times, 0) for name, value in self.task.items()}
-        return replace(self, index=self.index.repeat_interleave(times), task=task, replica=replica)
+        number = None if self.number is None else self.number.repeat_interleave(times)
+        return replace(self, index=self.index.repeat_interleave(times), task=task, replica=replica, number=number)
 
     def fingerprint(self) -> Tensor:
         # Other than a plain sum of squares it depends on the order, and is not 1 wherever goals are on a circle.
@@ -194,7 +197,7 @@ class EnvironmentTasks(TaskDistribution):
         if self.tasks is None:
             return self._environments(index, self.facts(index))
         number = TaskStreams(self.seed, self.split, index, 0).integers(self.tasks)
-        return self._environments(index, self.facts(number) | {"number": torch.from_numpy(number)})
+        return replace(self._environments(index, self.facts(number)), number=torch.from_numpy(number))
 
     def facts(self, numbers: np.ndarray) -> Facts:
         """What tells the environments of these numbers apart, name to (T, …)."""

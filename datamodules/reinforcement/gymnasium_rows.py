@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -64,6 +65,11 @@ class Interface(NamedTuple):
             DataError: there is no fixed number of observations, or they are pictures; actions are neither discrete nor
                 bounded numbers.
         """
+        for what in ("observation_space", "action_space"):
+            if not isinstance(getattr(env, what, None), spaces.Space):
+                raise DataError(
+                    f"{name} has no {what}: give it one of gymnasium.spaces, at the latest in its constructor"
+                )
         space = env.observation_space
         if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1:
             raise DataError(
@@ -76,29 +82,80 @@ class Interface(NamedTuple):
             observation = None
         if not observation:
             raise DataError(f"{name} observes {env.observation_space}, which is no fixed number of numbers: wrap it")
-        action = env.action_space
-        if isinstance(action, spaces.Discrete):
-            return cls(observation[0], int(action.n), True, tuple(info), name)
-        if isinstance(action, spaces.Box) and action.is_bounded():
-            return cls(observation[0], int(np.prod(action.shape)), False, tuple(info), name)
-        raise DataError(f"{name} takes {action}, but actions must be discrete or numbers with bounds: wrap it")
+        actions = actions_of(env.action_space)
+        if actions is None:
+            raise DataError(
+                f"{name} takes {env.action_space}, but actions must be discrete or numbers with bounds: wrap it"
+            )
+        return cls(observation[0], *actions, tuple(info), name)
+
+
+def actions_of(space: spaces.Space) -> tuple[int, bool] | None:
+    """How many there are to choose from, or numbers of an action, and whether they are discrete; None for neither."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.n), True
+    if isinstance(space, spaces.Box) and space.is_bounded():
+        return int(np.prod(space.shape)), False
+    return None
+
+
+def flat(space: spaces.Space, observation: Any) -> np.ndarray:
+    """An observation as numbers, (observation,).
+
+    Raises:
+        ValueError: it does not have the shape that the space declares; NumPy would repeat a number to fill it.
+    """
+    _refuse_misshapen(space, observation)
+    return spaces.flatten(space, observation)  # pyright: ignore[reportReturnType]
+
+
+def _refuse_misshapen(space: spaces.Space, observation: Any, part: str = "") -> None:
+    """Compares shapes alone: that all values are within their bounds would take longer to see than many a step."""
+    if (declared := space.shape) is not None:
+        shape = observation.shape if isinstance(observation, np.ndarray) else np.shape(observation)
+        if shape != declared:
+            raise ValueError(f"its observation{part} has the shape {shape}, but observation_space declares {declared}")
+    elif isinstance(space, spaces.Dict):
+        for name, of in space.spaces.items():
+            _refuse_misshapen(of, observation[name], f"{part} {name}")
+    elif isinstance(space, spaces.Tuple):
+        for i, (of, value) in enumerate(zip(space.spaces, observation, strict=True)):
+            _refuse_misshapen(of, value, f"{part} {i}")
+
+
+def truth(what: str, value: Any) -> bool:
+    """Of a step's end.
+
+    Raises:
+        ValueError: it is an array of several.
+    """
+    try:
+        return bool(value)
+    except ValueError as error:
+        raise ValueError(f"its {what} is {value}, where True or False is due") from error
+
+
+def failure(name: str, where: str, error: BaseException, cure: str = "mend the environment") -> DataError:
+    """What a user's environment raised, in one line that says where."""
+    # Some say no more than a value; an exit would otherwise end the run without a word.
+    bare = isinstance(error, (KeyError, SystemExit)) or not str(error)
+    said = f"it raised {error!r}" if bare else str(error)
+    return DataError(" ".join(f"{name} failed in {where} ({said}): {cure}".split()))
 
 
 def make(name: str, arguments: dict[str, Any]) -> gymnasium.Env:
     """An environment from the path of its class or from its id.
 
     Raises:
-        DataError: there is none of that name, something that it needs is not installed, or it has no tasks.
+        DataError: there is none of that name, something that it needs is not installed, it failed, or it has no tasks.
     """
+    where, cure = "its import", "mend the environment"
     try:
-        if re.fullmatch(r"\w+(\.\w+)+", name):
-            module, leaf = name.rsplit(".", 1)
-            found = getattr(importlib.import_module(module), leaf, None)
-            if found is None:
-                raise DataError(f"env is {name!r} but {module} has no {leaf}: give the path of a class")
-            env = found(**arguments)
-        else:
-            env = gymnasium.make(name, disable_env_checker=True, **arguments)
+        factory: Any = _class(name) if re.fullmatch(r"\w+(\.\w+)+", name) else _registered(name)
+        where, cure = "its constructor", f"give what it needs by --data.init_args.arguments, or {cure}"
+        env = factory(**arguments)
+    except DataError:
+        raise
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         said = " ".join(str(error).split())
         absent = getattr(error, "name", None)
@@ -110,11 +167,40 @@ def make(name: str, arguments: dict[str, Any]) -> gymnasium.Env:
     except gymnasium.error.Error as error:
         said = " ".join(str(error).split())
         raise DataError(f"env is {name!r} but {said}: give the path of a class or a registered id") from error
+    except (Exception, SystemExit) as error:
+        raise failure(name, where, error, cure) from error
+    if not isinstance(env, gymnasium.Env):
+        raise DataError(f"env is {name!r}, which gives {env!r}: give the path of a subclass of gymnasium.Env")
     for hook in ("sample_task", "set_task"):
-        if not env.has_wrapper_attr(hook):
-            env.close()
+        if not env.has_wrapper_attr(hook) or not callable(env.get_wrapper_attr(hook)):
+            close(name, env)
             raise DataError(f"{name} has no {hook}: see datamodules.GymnasiumTasks for what an environment needs")
     return env
+
+
+def _class(path: str) -> Callable[..., Any]:
+    module, leaf = path.rsplit(".", 1)
+    found = getattr(importlib.import_module(module), leaf, None)
+    if not callable(found):
+        told = f" but {module} has no {leaf}" if found is None else f", which is {found!r}"
+        raise DataError(f"env is {path!r}{told}: give the path of a class")
+    return found
+
+
+def _registered(name: str) -> Callable[..., Any]:
+    return partial(gymnasium.make, name, disable_env_checker=True)
+
+
+def close(name: str, env: gymnasium.Env) -> None:
+    """Close an environment.
+
+    Raises:
+        DataError: it failed.
+    """
+    try:
+        env.close()
+    except (Exception, SystemExit) as error:
+        raise failure(name, "close", error) from error
 
 
 class Rows(gymnasium.Env):
@@ -146,6 +232,8 @@ class Rows(gymnasium.Env):
         self.factory, self.interface, self.horizon, self.part = factory, interface, horizon, part
         self.envs: list[gymnasium.Env] = []
         self.ended: list[bool] = []
+        self.spaces: list[Any] = []  # of the rows' actions
+        self.centre = self.reach = np.zeros((0, interface.actions))
         shape = (capacity,) if interface.discrete else (capacity, interface.actions)
         self.action_space = spaces.Box(-np.inf, np.inf, shape, np.float64)
         width = interface.observation + 2 + len(interface.info)
@@ -168,11 +256,12 @@ class Rows(gymnasium.Env):
             self.observation = np.zeros((len(tasks), self.interface.observation))
         self.tasks, self.steps = tasks, 0
         for i, (env, task, seed) in enumerate(zip(self.envs, tasks, seeds, strict=False)):
-            with self._named("reset", i):
+            with self._named("set_task", i):
                 env.get_wrapper_attr("set_task")(task)
+            with self._named("reset", i):
                 observation, _ = env.reset(seed=seed)
-                self.observation[i] = spaces.flatten(env.observation_space, observation)
-                self._refuse_nonfinite(i, 0.0)
+                self._see(i, observation, 0.0)
+        self._take_action_spaces()
         return self.observation[: len(tasks)].copy()
 
     def act(self, actions: np.ndarray) -> Acted:
@@ -183,24 +272,31 @@ class Rows(gymnasium.Env):
         """
         rows, names = len(self.ended), self.interface.info
         rewards, told = np.zeros(rows), np.full((rows, len(names)), np.nan)
-        chosen = self._chosen(actions[:rows]) if rows else actions
+        chosen = self._chosen(actions[:rows])
         self.steps += 1
         for i, env in enumerate(self.envs[:rows]):
             if not self.ended[i]:
                 with self._named("step", i):
                     observation, rewards[i], terminated, truncated, info = env.step(chosen[i])
-                    self.observation[i] = spaces.flatten(env.observation_space, observation)
+                    self._see(i, observation, rewards[i])
                     told[i] = [float(info.get(name, np.nan)) for name in names]
-                    self._refuse_nonfinite(i, rewards[i])
-                if truncated and not terminated and self.steps < self.horizon:
+                    self.ended[i], truncated = truth("terminated", terminated), truth("truncated", truncated)
+                if truncated and not self.ended[i] and self.steps < self.horizon:
                     raise DataError(
                         f"{self.interface.name} is truncated after {self.steps} of {self.horizon} steps, which is no "
                         f"end that its states know of: give --data.init_args.horizon {self.steps}, or have it terminate"
                     )
-                self.ended[i] = bool(terminated)
         return Acted(self.observation[:rows].copy(), rewards, np.array(self.ended, float), told)
 
-    def _refuse_nonfinite(self, i: int, reward: float) -> None:
+    def _see(self, i: int, observation: Any, reward: float) -> None:
+        space = self.envs[i].observation_space
+        seen = flat(space, observation)
+        if len(seen) != self.interface.observation:
+            raise ValueError(
+                f"its observation_space is {space}, {len(seen)} numbers, but {self.interface.observation} where it was "
+                "made, and tasks must have equally many"
+            )
+        self.observation[i] = seen
         for what, value in (("reward", reward), ("observation", self.observation[i])):
             if not np.isfinite(value).all():
                 raise ValueError(f"its {what} is {value}")
@@ -210,21 +306,34 @@ class Rows(gymnasium.Env):
         """Errors of a sub-environment say where they happened."""
         try:
             yield
-        except Exception as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            where = f" {self.steps}" if call == "step" else ""
-            raise DataError(
-                f"{self.interface.name} failed in {call}{where} of task {self.tasks[i]} ({said}): mend the environment"
-            ) from error
+        except (Exception, SystemExit) as error:
+            where = f"{call} {self.steps}" if call == "step" else call
+            raise failure(self.interface.name, f"{where} of task {self.tasks[i]}", error) from error
 
-    def _chosen(self, actions: np.ndarray) -> Any:
-        space: Any = self.envs[0].action_space
+    def _take_action_spaces(self) -> None:
+        """Of every row its own: a task may have other bounds, though not other numbers, of actions."""
+        self.spaces = [env.action_space for env in self.envs[: len(self.tasks)]]
+        for space, task in zip(self.spaces, self.tasks, strict=True):
+            if actions_of(space) != (self.interface.actions, self.interface.discrete):
+                kind = "choices" if self.interface.discrete else "numbers with bounds"
+                line = (
+                    f"{self.interface.name} takes {space} in task {task}, but {self.interface.actions} {kind} where it "
+                    "was made: give all tasks equally many of one kind, they may have bounds of their own"
+                )
+                raise DataError(" ".join(line.split()))
+        if not self.interface.discrete:
+            size = (len(self.spaces), self.interface.actions)
+            low, high = (
+                np.array([getattr(s, end).ravel() for s in self.spaces], float).reshape(size) for end in ("low", "high")
+            )
+            self.centre, self.reach = (high + low) / 2, (high - low) / 2
+
+    def _chosen(self, actions: np.ndarray) -> list[Any]:
         if self.interface.discrete:
-            return [int(a) + int(space.start) for a in actions]
+            return [int(a) + int(space.start) for a, space in zip(actions, self.spaces, strict=True)]
         # In this order nothing is rounded where the bounds are -1 and 1.
-        centre, reach = (space.high.astype(float) + space.low) / 2, (space.high.astype(float) - space.low) / 2
-        scaled = centre + reach * np.clip(actions, -1.0, 1.0).reshape(-1, *space.shape)
-        return scaled.astype(space.dtype)
+        scaled = self.centre + self.reach * np.clip(actions, -1.0, 1.0)
+        return [a.reshape(space.shape).astype(space.dtype) for a, space in zip(scaled, self.spaces, strict=True)]
 
     def render(self) -> Any:
         """A picture of the first row, (height, width, 3) uint8."""
@@ -232,7 +341,7 @@ class Rows(gymnasium.Env):
 
     def close(self) -> None:
         for env in self.envs:
-            env.close()
+            close(self.interface.name, env)
         self.envs.clear()
 
     # As one environment of AsyncVectorEnv -----------------------------------------------------------------------------
@@ -251,14 +360,6 @@ class Rows(gymnasium.Env):
         columns = [acted.observation, acted.reward[:, None], acted.terminated[:, None], acted.info]
         own = np.concatenate(columns, 1)
         return np.pad(own, ((0, self.capacity - len(own)), (0, 0)))
-
-
-@contextlib.contextmanager
-def _errors_told_once() -> Iterator[None]:
-    """Gymnasium warns of what other processes raised, several times, and then raises it here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*ERROR: ")
-        yield
 
 
 class Processes:
@@ -291,7 +392,7 @@ class Processes:
             )
         self.share = share
         bounds = [slice(p * share, (p + 1) * share) for p in range(self.processes)]
-        with _errors_told_once():
+        with self._alive("reset"):
             observation, _ = self.vector.reset(options={"parts": [(tasks[b], seeds[b]) for b in bounds]})
         return self._acted(observation).observation
 
@@ -301,7 +402,7 @@ class Processes:
         for part in range(self.processes):
             own = actions[part * self.share : (part + 1) * self.share]
             shares[part, : len(own)] = own
-        with _errors_told_once():
+        with self._alive("step"):
             return self._acted(self.vector.step(shares)[0])
 
     def _acted(self, of_processes: np.ndarray) -> Acted:
@@ -309,10 +410,41 @@ class Processes:
         size = self.interface.observation
         return Acted(rows[:, :size], rows[:, size], rows[:, size + 1], rows[:, size + 2 :])
 
+    @contextlib.contextmanager
+    def _alive(self, call: str) -> Iterator[None]:
+        """What other processes raise is told once; that one is gone, in place of an end of its pipe."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=r".*ERROR: ")  # gymnasium warns of it, too, several times
+                yield
+        except (EOFError, ConnectionError) as error:
+            gone = self._abandon()
+            raise DataError(
+                f"{self.interface.name} failed in {call} (one of its processes {gone}): see whether memory ran out, or "
+                "what it does by --data.init_args.processes 0"
+            ) from error
+
+    def _abandon(self) -> str:
+        """End all processes, one of which is gone, and say how it went."""
+        assert self.vector is not None
+        vector, self.vector = self.vector, None
+        ended = connection.wait([process.sentinel for process in vector.processes], timeout=5)
+        gone = [process for process in vector.processes if process.sentinel in ended]
+        for process in vector.processes:
+            if process not in gone:
+                process.terminate()
+            process.join()
+        vector.closed = True  # its own close() would wait for the answer of the one that is gone
+        code = gone[0].exitcode or 0 if gone else 0
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
     def render(self) -> Any:
         raise NotImplementedError("other processes show nothing")
 
     def close(self) -> None:
         if self.vector is not None:
-            vector, self.vector = self.vector, None
-            vector.close(timeout=10)
+            try:
+                with self._alive("close"):
+                    self.vector.close(timeout=10)
+            finally:
+                self.vector = None

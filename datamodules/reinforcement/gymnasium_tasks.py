@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import inspect
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from datamodules.reinforcement.environments import (
 )
 
 TEXT = 64  # bytes of a fact that is text, at most
+WHOLE = (bool, int, np.integer, np.bool_)
+FACTS = "give numbers, whole ones below 2^24, arrays of numbers or text, under the same names for every task"
 
 
 class Newest(NamedTuple):
@@ -50,7 +53,7 @@ class GymnasiumEnvironment(Environment):
     all: a state from before can no longer be stepped. One that terminates before the horizon stays as it is, without
     reward, until the horizon ends; one that is truncated before is refused, since its states do not tell how long it
     lasts. Discrete observations are one-hot, others flattened; actions in [-1, 1] are stretched to the bounds of the
-    action space, beyond that they are clipped.
+    action space, which may be a task's own, beyond that they are clipped.
 
     Args:
         env: the path of a class, or an id that gymnasium knows.
@@ -95,7 +98,8 @@ class GymnasiumEnvironment(Environment):
             )
         example = self._sample(TaskStreams(0, "train", [0]))[0]
         self.kinds = {name: type(value) for name, value in example.items()}
-        self.facts = sum(self._as_number(name, value).size for name, value in example.items())
+        self.shapes = {name: self._as_number(name, value).shape for name, value in example.items()}
+        self.facts = sum(math.prod(shape) for shape in self.shapes.values())
         if not self.facts:
             raise DataError(f"{env}'s sample_task gives nothing that tells tasks apart: give it at least one number")
         self.renders = "rgb_array" in (self.first.metadata.get("render_modes") or ())
@@ -120,12 +124,50 @@ class GymnasiumEnvironment(Environment):
 
     def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
         drawn = self._sample(rng)
-        return {name: np.stack([self._as_number(name, task.get(name)) for task in drawn]) for name in self.kinds}
+        for task in drawn:
+            if task.keys() != self.kinds.keys():
+                names, others = (", ".join(map(str, given)) or "nothing" for given in (self.kinds, task))
+                raise DataError(f"{self.env}'s sample_task gives {names}, for another task {others}: {FACTS}")
+        return {name: np.stack([self._fact(name, task[name]) for task in drawn]) for name in self.kinds}
 
-    def _sample(self, rng: TaskStreams) -> list[dict[str, Any]]:
+    def _sample(self, rng: TaskStreams) -> list[Mapping[str, Any]]:
+        """Tasks as ``sample_task`` gives them, one for each stream.
+
+        Raises:
+            DataError: it failed, or gave no dictionary.
+        """
         sample = self.first.get_wrapper_attr("sample_task")
-        split = {"split": rng.split} if "split" in inspect.signature(sample).parameters else {}
-        return [sample(np.random.default_rng(int(word)), **split) for word in rng.bits()]
+        try:
+            split = {"split": rng.split} if "split" in inspect.signature(sample).parameters else {}
+            drawn = [sample(np.random.default_rng(int(word)), **split) for word in rng.bits()]
+        except (Exception, SystemExit) as error:
+            from datamodules.reinforcement import gymnasium_rows
+
+            raise gymnasium_rows.failure(self.env, "sample_task", error) from error
+        for task in drawn:
+            if not isinstance(task, Mapping):
+                raise DataError(f"{self.env}'s sample_task gives {task!r}, which is no dictionary: {FACTS}")
+        return drawn
+
+    def _fact(self, name: str, value: Any) -> np.ndarray:
+        """``_as_number`` of a fact that is like the other tasks'.
+
+        Raises:
+            DataError: it has another shape or kind, and would not come back as it is.
+        """
+        number, shape, kind = self._as_number(name, value), self.shapes[name], self.kinds[name]
+        text = isinstance(value, str) != issubclass(kind, str)
+        if text or (issubclass(kind, WHOLE) and number.ndim == 0 and kind(number) != number):
+            raise DataError(
+                f"{self.env}'s sample_task gives {name} {value!r}, for another task one of type {kind.__name__}: "
+                "give the same type for every task"
+            )
+        if number.shape != shape:
+            raise DataError(
+                f"{self.env}'s sample_task gives {name} of shape {number.shape}, for another task {shape}: "
+                "give every task the same one, such as by zeros at the end"
+            )
+        return number
 
     def _as_number(self, name: str, value: Any) -> np.ndarray:
         """A fact as numbers that single precision keeps; text as its bytes."""
@@ -140,10 +182,7 @@ class GymnasiumEnvironment(Environment):
             number = np.array(np.nan)
         whole = np.issubdtype(np.asarray(value).dtype, np.integer) and (number.astype(np.float32) != number).any()
         if not np.isfinite(number).all() or whole:
-            raise DataError(
-                f"{self.env}'s sample_task gives {name} {value!r}: give numbers, whole ones below 2^24, arrays of "
-                "numbers or text, under the same names for every task"
-            )
+            raise DataError(f"{self.env}'s sample_task gives {name} {value!r}: {FACTS}")
         return number
 
     def _told(self, name: str, value: np.ndarray) -> Any:
@@ -152,13 +191,11 @@ class GymnasiumEnvironment(Environment):
         if issubclass(kind, str):
             return bytes(value.astype(np.uint8)).rstrip(b"\0").decode()
         return (
-            kind(value)
-            if value.ndim == 0 and issubclass(kind, (bool, int, np.integer, np.bool_))
-            else (float(value) if value.ndim == 0 else value)
+            kind(value) if value.ndim == 0 and issubclass(kind, WHOLE) else (float(value) if value.ndim == 0 else value)
         )
 
     def start(self, task: Facts, draws: Tensor) -> Newest:
-        told = {name: value.cpu().numpy() for name, value in task.items() if name != "number"}
+        told = {name: value.cpu().numpy() for name, value in task.items()}
         tasks = [{name: self._told(name, value[i]) for name, value in told.items()} for i in range(len(draws))]
         if len(tasks) > self.most:
             raise DataError(
@@ -200,7 +237,9 @@ class GymnasiumEnvironment(Environment):
         if self._open is not None and self._owner == os.getpid():
             self._open.close()
         if self._first is not None:
-            self._first.close()
+            from datamodules.reinforcement import gymnasium_rows
+
+            gymnasium_rows.close(self.env, self._first)
         self._forget()
 
     def _forget(self) -> None:
@@ -221,8 +260,7 @@ class GymnasiumEnvironment(Environment):
 
     def _newest(self, task: Facts, observation: np.ndarray) -> Newest:
         self._number += 1
-        like = next(value for name, value in task.items() if name != "number")
-        return Newest(self._number, torch.from_numpy(observation).to(like))
+        return Newest(self._number, torch.from_numpy(observation).to(next(iter(task.values()))))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without sub-environments: a copy makes its own."""
@@ -234,7 +272,8 @@ class GymnasiumTasks(EnvironmentDataModule):
 
     ``sample_task(rng)`` draws a task with a NumPy generator: a dictionary of numbers, text, or arrays of fixed shape,
     which are kept in single precision; ``sample_task(rng, split)`` is told "train", "val" or "test" as well.
-    ``set_task(task)`` is called with it before each reset. For instance, in my_tasks.py::
+    ``set_task(task)`` is called with it before each reset, and may give ``action_space`` other bounds. For instance, in
+    my_envs.py::
 
         class Corridor(gymnasium.Env):
             observation_space = gymnasium.spaces.Box(-10.0, 10.0, (1,))
@@ -255,7 +294,7 @@ class GymnasiumTasks(EnvironmentDataModule):
                 self.x = self.x + action
                 return self.x, -abs(float(self.x[0]) - self.goal), False, False, {}
 
-    is trained on with ``--config configs/reinforcement/rl2/gymnasium.yaml --data.env my_tasks.Corridor
+    is trained on with ``--config configs/reinforcement/rl2/gymnasium.yaml --data.env my_envs.Corridor
     --data.horizon 20``. See GymnasiumEnvironment for what becomes of observations, actions and early ends.
 
     Args:

@@ -195,7 +195,8 @@ class PEARL(OffPolicyLearner):
     def drawn(self, batch: Environments) -> tuple[Transitions, Transitions, Tensor, Tensor]:
         """What ``losses`` takes, a function of the tasks' numbers and of the replay buffer."""
         assert self.replay is not None and self.observations is not None and self.actions is not None
-        number, rows = batch.task["number"].cpu(), batch.draws(self.transitions + self.context, purpose=ROWS).cpu()
+        assert batch.number is not None
+        number, rows = batch.number.cpu(), batch.draws(self.transitions + self.context, purpose=ROWS).cpu()
         parts = (
             self.replay.rows(number, rows[:, : self.transitions]),
             self.replay.context(number, rows[:, self.transitions :]),

@@ -409,7 +409,7 @@ def test_an_oracle_sees_what_tells_the_tasks_apart(family):
 
 def test_facts_of_one_number_are_described():
     """Catches a family whose tasks differ by one number each, (T,), that an oracle cannot be shown."""
-    facts = {"speed": torch.tensor([1.0, 2.0]), "number": torch.tensor([7, 8]), "goal": torch.tensor([[3, 4], [5, 6]])}
+    facts = {"speed": torch.tensor([1.0, 2.0]), "goal": torch.tensor([[3, 4], [5, 6]])}
     assert Environment().describe(facts).tolist() == [[1, 3, 4], [2, 5, 6]]
 
 
@@ -419,7 +419,7 @@ def test_finitely_many_tasks_are_met_again_and_again(family):
     limit that reaches the test tasks."""
     data = families(train_tasks=9)[family]
     batch = tasks(data, range(1800), "train")
-    number = batch.task["number"]
+    number = batch.number
     assert stats.chisquare(torch.bincount(number, minlength=9).numpy()).pvalue > RARELY
     described = data.environment.describe(batch.task)
     firsts = [described[number == k][0] for k in range(9)]
@@ -431,7 +431,9 @@ def test_finitely_many_tasks_are_met_again_and_again(family):
     trial = run_trial(batch, Scripted(data))
     first, second = (number == 0).nonzero()[:2, 0]
     assert not torch.equal(trial.action[:, first], trial.action[:, second])  # the same task, another chance
-    assert "number" not in tasks(data, range(3)).task
+    assert tasks(data, range(3)).number is None
+    repeated = tasks(data, [5, 6], "train").repeated(2)
+    assert repeated.number.tolist() == number[[5, 5, 6, 6]].tolist()
     assert len(data.environment.describe(tasks(data, range(500)).task).unique(dim=0)) == 500
 
 
@@ -440,7 +442,7 @@ def test_the_number_of_a_task_says_nothing_of_its_facts():
     environment whose number the first parameter of environment i says."""
     data = PointRobot(train_tasks=500)
     distribution = data.distribution("train")
-    number = distribution.sample(range(500)).task["number"].double().numpy()
+    number = distribution.sample(range(500)).number.double().numpy()
     goal = distribution.facts(np.arange(500))["goal"].numpy()
     for k in range(2):
         assert abs(np.corrcoef(number, goal[:, k])[0, 1]) < 4.5 / math.sqrt(500)

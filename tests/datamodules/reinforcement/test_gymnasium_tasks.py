@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -305,7 +306,7 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch):
     text = GymnasiumTasks.__doc__
     assert text is not None
     lines = text.split("::\n", 1)[1].split("is trained on")[0].splitlines()
-    (tmp_path / "my_tasks.py").write_text("import gymnasium\n" + "\n".join(line[8:] for line in lines))
+    (tmp_path / "my_envs.py").write_text("import gymnasium\n" + "\n".join(line[8:] for line in lines))
     monkeypatch.syspath_prepend(str(tmp_path))
     flags = text.split("trained on with ``")[1].split("``")[0].split()
     flags[1] = str(ROOT / flags[1])
@@ -546,6 +547,304 @@ def test_tasks_that_cannot_be_kept_are_refused(task, said, monkeypatch):
     monkeypatch.setattr(Choices, "sample_task", lambda self, rng: task)
     with pytest.raises(DataError, match=said):
         GymnasiumEnvironment(f"{__name__}.Choices", horizon=3)
+
+
+class Strong(Choices):
+    """Actions within bounds that are the task's own, and rewards that say which one arrived."""
+
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float64)
+
+    def sample_task(self, rng):
+        return {"low": rng.uniform(-3.0, -1.0), "high": rng.uniform(1.0, 3.0)}
+
+    def set_task(self, task):
+        shape = (2,) if task["low"] < -2 else (1, 2)
+        self.action_space = gymnasium.spaces.Box(task["low"], task["high"], shape, np.float64)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return 0, float(action.flat[0] + 100 * action.flat[1]), False, False, {}
+
+
+class Shifted(Choices):
+    """Four choices that begin at a number of the task's own."""
+
+    def sample_task(self, rng):
+        return {"start": int(rng.integers(5))}
+
+    def set_task(self, task):
+        self.action_space = gymnasium.spaces.Discrete(4, start=task["start"])
+
+    def step(self, action):
+        return 0, float(action), False, False, {}
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_every_row_acts_within_its_own_bounds(processes):
+    """Catches actions that are stretched to the bounds of another task, or the first choice of another task's."""
+    draws = torch.zeros(3, 1, dtype=torch.float64)
+    strong = GymnasiumEnvironment(f"{__name__}.Strong", horizon=3, processes=processes)
+    for low, high in (([-1.0, -2.0, -3.0], [1.0, 3.0, 4.0]), ([-2.0, -2.0, -1.0], [2.0, 1.0, 5.0])):
+        task = {"low": torch.tensor(low), "high": torch.tensor(high)}
+        state, reward, *_ = strong.step(task, strong.start(task, draws), torch.tensor([[-1.0, 1.0]] * 3), draws)
+        assert reward.tolist() == [a + 100 * b for a, b in zip(low, high, strict=True)]
+        centres = [101 * (a + b) / 2 for a, b in zip(low, high, strict=True)]
+        assert strong.step(task, state, torch.zeros(3, 2), draws).reward.tolist() == centres
+    strong.close()
+    shifted = GymnasiumEnvironment(f"{__name__}.Shifted", horizon=3, processes=processes)
+    task = {"start": torch.tensor([0.0, 4.0, 2.0])}
+    assert shifted.step(task, shifted.start(task, draws), torch.tensor([1, 1, 3]), draws).reward.tolist() == [1, 5, 5]
+    shifted.close()
+
+
+@pytest.mark.parametrize(
+    ("env", "space", "said"),
+    [
+        ("Choices", gymnasium.spaces.Discrete(3), "Discrete(3) in task {'right': 5}, but 4 choices where it was made"),
+        ("Choices", gymnasium.spaces.Box(-1.0, 1.0, (4,)), "in task {'right': 5}, but 4 choices where it was made"),
+        ("Strong", gymnasium.spaces.Box(-1.0, 1.0, (3,)), "'high': 5.0}, but 2 numbers with bounds where it was made"),
+        (
+            "Strong",
+            gymnasium.spaces.Box(-np.inf, 1.0, (2,)),
+            "'high': 5.0}, but 2 numbers with bounds where it was made",
+        ),
+        ("Strong", gymnasium.spaces.Discrete(2), "Discrete(2) in task {'low': 5.0, 'high': 5.0}, but 2 numbers"),
+    ],
+)
+def test_tasks_with_other_actions_are_refused(env, space, said, monkeypatch):
+    """Catches choices that are never made, numbers that are left out, and an error that does not name the task."""
+    environment = GymnasiumEnvironment(f"{__name__}.{env}", horizon=3)
+    monkeypatch.setattr(globals()[env], "set_task", lambda self, task: setattr(self, "action_space", space))
+    task = {name: torch.tensor([5.0]) for name in environment.kinds}
+    with pytest.raises(DataError) as error:
+        environment.start(task, torch.zeros(1, 1, dtype=torch.float64))
+    assert str(error.value).startswith(f"{__name__}.{env} takes {space}") and said in str(error.value)
+    environment.close()
+
+
+BOX3 = gymnasium.spaces.Box(-1.0, 1.0, (3,))
+BOTH = gymnasium.spaces.Dict({"a": BOX3, "b": gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(2)])})
+
+
+@pytest.mark.parametrize(
+    ("space", "fits", "seen", "said"),
+    [
+        (BOX3, np.zeros(3), np.zeros(1), "its observation has the shape (1,), but observation_space declares (3,)"),
+        (BOX3, [0, 0, 0], 0.5, "its observation has the shape (), but observation_space declares (3,)"),
+        (BOX3, np.zeros(3), np.zeros((1, 3)), "its observation has the shape (1, 3), but observation_space declares"),
+        (BOX3, np.zeros(3), None, "its observation has the shape (), but"),
+        (BOTH, {"a": np.zeros(3), "b": (0,)}, {"a": np.zeros(1), "b": (0,)}, "observation a has the shape (1,), but"),
+        (BOTH, {"a": np.zeros(3), "b": (0,)}, {"a": np.zeros(3), "b": ([0, 1],)}, "observation b 0 has the shape (2,)"),
+        (BOTH, {"a": np.zeros(3), "b": (0,)}, {"b": (0,)}, "it raised KeyError('a')"),
+    ],
+)
+def test_observations_of_another_shape_than_declared_are_refused(space, fits, seen, said, monkeypatch):
+    """Catches one number that is repeated to fill the place of three, in a reset and in a step."""
+    monkeypatch.setattr(Choices, "observation_space", space)
+    monkeypatch.setattr(Choices, "reset", lambda self, **_: (fits, {}))
+    monkeypatch.setattr(Choices, "step", lambda self, action: (seen, 0.0, False, False, {}))
+    environment = GymnasiumEnvironment(f"{__name__}.Choices", horizon=3)
+    task, draws = {"right": torch.tensor([5.0])}, torch.zeros(1, 1, dtype=torch.float64)
+    state = environment.start(task, draws)
+    with pytest.raises(DataError) as error:
+        environment.step(task, state, torch.tensor([0]), draws)
+    assert str(error.value).startswith(f"{__name__}.Choices failed in step 1 of task ") and said in str(error.value)
+    monkeypatch.setattr(Choices, "reset", lambda self, **_: (seen, {}))
+    with pytest.raises(DataError) as error:
+        environment.start(task, draws)
+    assert str(error.value).startswith(f"{__name__}.Choices failed in reset of task ") and said in str(error.value)
+
+
+def test_an_observation_space_of_another_size_is_refused(monkeypatch):
+    """Catches a task that is seen by one number where the network has three, which are all that one."""
+    environment = GymnasiumEnvironment(f"{__name__}.Choices", horizon=3)
+    small = gymnasium.spaces.Discrete(1)
+    monkeypatch.setattr(Choices, "set_task", lambda self, task: setattr(self, "observation_space", small))
+    with pytest.raises(DataError, match=r"its observation_space is Discrete\(1\), 1 numbers, but 3 where it was made"):
+        environment.start({"right": torch.tensor([5.0])}, torch.zeros(1, 1, dtype=torch.float64))
+
+
+def test_names_of_facts_are_the_users(monkeypatch):
+    """Catches a fact that a name of ours takes the place of, on its way to ``set_task`` and to an oracle."""
+    given = []
+    monkeypatch.setattr(Choices, "sample_task", lambda self, rng: {"number": rng.uniform(), "index": 7, "task": 1.5})
+    monkeypatch.setattr(Choices, "set_task", lambda self, task: given.append(task))
+    monkeypatch.setattr(Choices, "step", lambda self, action: (0, 0.0, False, False, {}))
+    data = GymnasiumTasks(f"{__name__}.Choices", 2, episodes=1, train_tasks=3, revealed=True)
+    batch = data.distribution("train").sample(range(4))
+    assert set(batch.number.tolist()) <= {0, 1, 2}
+    run_trial(batch, Uniform())
+    assert [task["index"] for task in given] == [7] * 4 and [task["task"] for task in given] == [1.5] * 4
+    assert [task["number"] for task in given] == batch.task["number"].tolist() and 0 < given[0]["number"] < 1
+    assert data.environment.describe(batch.task)[:, 0].tolist() == batch.task["number"].tolist()
+    data.environment.close()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            {"n": 1, "m": [1, 2], "more": 2},
+            "gives n, m, for another task n, m, more: give .* the same names for every",
+        ),
+        ({"n": 1}, "gives n, m, for another task n: give .* under the same names for every task"),
+        (
+            {"n": 1, "m": [1, 2, 3]},
+            r"gives m of shape \(3,\), for another task \(2,\): give every task the same one",
+        ),
+        ({"n": 1, "m": 1}, r"gives m of shape \(\), for another task \(2,\): give every task the same one"),
+        ({"n": "one", "m": [1, 2]}, "gives n 'one', for another task one of type int: give the same type"),
+        ({"n": 0.5, "m": [1, 2]}, "gives n 0.5, for another task one of type int: give the same type"),
+    ],
+)
+def test_tasks_unlike_the_others_are_refused(other, said, monkeypatch):
+    """Catches facts that only some tasks have, which were left out, and fractions that a whole number would lose."""
+    tasks = iter([{"n": 1, "m": [1, 2]}, {"n": 3.0, "m": [1.5, 2]}, other])
+    monkeypatch.setattr(Choices, "sample_task", lambda self, rng: next(tasks))
+    data = GymnasiumTasks(f"{__name__}.Choices", 3)
+    with pytest.raises(DataError, match=f"^{__name__}.Choices's sample_task {said}"):
+        data.distribution("val").sample(range(2))
+
+
+# What a user's environment may do wrong -------------------------------------------------------------------------------
+
+
+def broken(error: BaseException) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return call
+
+
+NO_CLASS = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"__init__": broken(ValueError("no\nlicence"))},
+            "failed in its constructor (no licence): give what it needs by",
+        ),
+        (
+            {"__init__": lambda self, size: None},
+            "missing 1 required positional argument: 'size'): give what it needs by ",
+        ),
+        ({"__init__": broken(SystemExit(0))}, "failed in its constructor (it raised SystemExit(0)): "),
+        ({"observation_space": None}, "has no observation_space: give it one of gymnasium.spaces"),
+        ({"action_space": None}, "has no action_space: give it one of gymnasium.spaces"),
+        ({"sample_task": lambda self, rng: None}, "'s sample_task gives None, which is no dictionary: give numbers"),
+        ({"sample_task": lambda self, rng: [1.0]}, "'s sample_task gives [1.0], which is no dictionary: give numbers"),
+        (
+            {"sample_task": broken(RuntimeError())},
+            "failed in sample_task (it raised RuntimeError()): mend the environment",
+        ),
+        (
+            {"sample_task": broken(SystemExit(0))},
+            "failed in sample_task (it raised SystemExit(0)): mend the environment",
+        ),
+        ({"sample_task": lambda self: {"n": 1}}, "failed in sample_task ("),
+        ({"sample_task": 3}, "has no sample_task"),
+    ],
+)
+def test_what_fails_before_the_first_episode_is_named(change, said, monkeypatch):
+    """Catches an error of the user's class that is told as one of the program's."""
+    for name, value in change.items():
+        monkeypatch.setattr(Choices, name, value)
+    with pytest.raises(DataError) as error:
+        GymnasiumEnvironment(f"{__name__}.Choices", horizon=3)
+    assert str(error.value).startswith(f"{__name__}.Choices") and said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [("NO_CLASS", "NO_CLASS', which is 3: give the path of a class"), ("broken", "subclass of gymnasium.Env")],
+)
+def test_what_is_no_environment_is_named(env, said):
+    """Catches a number that is called, and a function's result that is asked for tasks."""
+    arguments = {"error": None} if env == "broken" else {}
+    with pytest.raises(DataError, match=said) as error:
+        GymnasiumEnvironment(f"{__name__}.{env}", horizon=3, arguments=arguments)
+    assert str(error.value).startswith(f"env is '{__name__}.{env}'")
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"set_task": broken(KeyError("goal"))},
+            "failed in set_task of task {'right': 5} (it raised KeyError('goal')): ",
+        ),
+        (
+            {"reset": broken(SystemExit(0))},
+            "failed in reset of task {'right': 5} (it raised SystemExit(0)): mend the env",
+        ),
+        (
+            {"step": broken(SystemExit(0))},
+            "failed in step 1 of task {'right': 5} (it raised SystemExit(0)): mend the env",
+        ),
+        (
+            {"step": lambda self, action: (0, 0.0, np.array([True, False]), False, {})},
+            "failed in step 1 of task {'right': 5} (its terminated is [ True False], where True or False is due): mend",
+        ),
+        (
+            {"step": lambda self, action: (0, 0.0, False, np.array([True, False]), {})},
+            "failed in step 1 of task {'right': 5} (its truncated is [ True False], where True or False is due): mend",
+        ),
+    ],
+)
+def test_what_fails_in_an_episode_is_named(change, said, processes, monkeypatch):
+    """Catches an exit that ends the training without a word, and an array where one truth is due."""
+    for name, value in change.items():
+        monkeypatch.setattr(Choices, name, value)
+    environment = GymnasiumEnvironment(f"{__name__}.Choices", horizon=3, processes=processes)
+    task, draws = {"right": torch.tensor([5.0])}, torch.zeros(1, 1, dtype=torch.float64)
+    with pytest.raises(DataError) as error:
+        environment.step(task, environment.start(task, draws), torch.tensor([0]), draws)
+    assert str(error.value).startswith(f"{__name__}.Choices {said}")
+    environment.close()
+
+
+def test_an_environment_that_cannot_close_is_named(monkeypatch):
+    """Catches an error of the program's after all is done."""
+    environment = GymnasiumEnvironment(f"{__name__}.Choices", horizon=3)
+    monkeypatch.setattr(Choices, "close", broken(OSError("no window")))
+    with pytest.raises(DataError, match=r"Choices failed in close \(no window\): mend the environment"):
+        environment.close()
+
+
+@pytest.mark.parametrize(
+    ("end", "said"), [(lambda: os.kill(os.getpid(), 9), "was killed by SIGKILL"), (lambda: os._exit(3), "exit code 3")]
+)
+def test_a_process_that_ends_is_told(end, said, monkeypatch):
+    """Catches the end of a pipe that is told as an error of the program's, and one more that nobody reads from."""
+    alone = os.getpid()
+    monkeypatch.setattr(Choices, "step", lambda self, action: None if os.getpid() == alone else end())
+    environment = GymnasiumEnvironment(f"{__name__}.Choices", horizon=3, processes=2)
+    task, draws = {"right": torch.tensor([5.0])}, torch.zeros(1, 1, dtype=torch.float64)
+    state = environment.start(task, draws)
+    children = environment._rows().vector.processes
+    with pytest.raises(DataError) as error:
+        environment.step(task, state, torch.tensor([0]), draws)
+    assert str(error.value).startswith(f"{__name__}.Choices failed in step (one of its processes ")
+    assert said in str(error.value) and "--data.init_args.processes 0" in str(error.value)
+    assert not any(child.is_alive() for child in children)
+    environment.close()
+    monkeypatch.undo()
+    again = environment.start(task, draws)
+    assert environment.step(task, again, torch.tensor([0]), draws).reward.tolist() == [1]
+    environment.close()
+
+
+def test_an_exit_of_an_environment_ends_a_run_with_an_error(monkeypatch, capsys):
+    """Catches a training that ends with exit code 0 and no result."""
+    monkeypatch.setattr(Corridor, "step", broken(SystemExit(0)))
+    with pytest.raises(SystemExit) as stopped:
+        main(corridor("--pictures", "false"))
+    assert stopped.value.code == 2
+    assert f"error: {__name__}.Corridor failed in step 1 of task " in capsys.readouterr().err.splitlines()[-1]
 
 
 # On film --------------------------------------------------------------------------------------------------------------
