@@ -52,7 +52,7 @@ def test_files_that_a_page_names_are_there(page):
     assert not [name for name in linked if not (page.parent / name).is_file()]
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", range(4))
 def test_examples_of_what_is_added_run(number, tmp_path: Path):
     """Catches an example that was right once: its file, and the command below it with a few steps."""
     block = re.findall(r"```python\n(# (\w+\.py)\n.*?)```", ADDING, re.S)[number]
