@@ -7,6 +7,7 @@ set, or any key of the configuration (``--model.init_args.inner_rate 0.1``).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -22,7 +23,7 @@ from app.cli.failures import one_line_errors
 from app.cli.from_checkpoint import SHORT, FromCheckpoint, Options, Trained, open_checkpoint, restore
 from app.compare import comparison_dir, write_comparison
 from app.dashboard.callback import Dashboard
-from app.runs.directory import EVALUATIONS, TASKS_CSV, TASKS_NPZ, slug
+from app.runs.directory import CONFIG, EVALUATIONS, RESULTS, TASKS_CSV, TASKS_NPZ, slug
 from app.runs.evaluation_record import Evaluation, refuse_other_settings, settings
 from app.runs.leaks import refuse_leaks, trained_classes
 from app.runs.recorder import Recorder
@@ -60,7 +61,7 @@ class EvaluationCLI(FromCheckpoint):
         # The same evaluation goes to the same folder again, another one of the same words to the next.
         base = folder = self.trained.run_dir / EVALUATIONS / slug([self.trained.path.stem, *self.words])
         text, n = self.yaml(), 1
-        while (folder / "config.yaml").is_file() and (folder / "config.yaml").read_text() != text:
+        while (folder / CONFIG).is_file() and (folder / CONFIG).read_text() != text:
             n += 1
             folder = base.with_name(f"{base.name}-{n}")
         return folder, self.trained.path
@@ -98,9 +99,14 @@ class ReadyTasks(pl.Callback):
 
 
 @rank_zero_only
-def _write(path: Path, content: str) -> None:
+def _begin(folder: Path, configuration: str) -> None:
+    """Leave the configuration, once nothing is left of a test with another one: results.json, written last, first."""
+    path = folder
     try:
-        write_atomically(path, content)
+        for path in (folder / name for name in (RESULTS, TASKS_NPZ, TASKS_CSV)):
+            path.unlink(missing_ok=True)
+        path = folder / CONFIG
+        write_atomically(path, configuration)
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error.strerror}): give --out a folder that can be written") from error
 
@@ -113,11 +119,12 @@ def write_evaluation(cli: EvaluationCLI, command: str) -> None:
     facts = {
         "seed": data.seed if cli.options.seed is None else cli.options.seed,
         "checkpoint": str(cli.trained.path),
+        "checkpoint_sha256": cli.trained.identity,
         "meta_steps": int(cli.trained.content.get("global_step", 0)),
         "command": command,
     }
     content = results(cli.model, data, facts)
-    write_results(content, cli.run_dir / "results.json")
+    write_results(content, cli.run_dir / RESULTS)
     print_results(content, as_results(cli.model.all_metrics()), cli.run_dir, [f"per task: {cli.run_dir / TASKS_CSV}"])
 
 
@@ -132,20 +139,21 @@ def evaluate(cli: EvaluationCLI, command: str) -> None:
         ConfigError, DataError: what the user can mend.
     """
     restore(cli.model, cli.trained)
-    _write(cli.run_dir / "config.yaml", cli.yaml())  # first: a folder that cannot be written is told before the work
+    _begin(cli.run_dir, cli.yaml())  # first: a folder that cannot be written is told before the work
     cli.set_threads()
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     write_evaluation(cli, command)
 
 
 def finished(cli: EvaluationCLI) -> bool:
-    """Whether just this evaluation is there, newer than its checkpoint."""
+    """Whether just this evaluation is there: to its end, of the same configuration and the same checkpoint."""
     folder = cli.run_dir
     try:
-        same = (folder / "config.yaml").read_text() == cli.yaml()
-        newer = (folder / TASKS_NPZ).stat().st_mtime > cli.trained.path.stat().st_mtime
-        return same and newer and Evaluation.load(folder).about["seed"] == _settings(cli)["seed"]
-    except (OSError, ConfigError):
+        told = json.loads((folder / RESULTS).read_text())
+        of_this = told["checkpoint_sha256"] == cli.trained.identity
+        same = of_this and (folder / CONFIG).read_text() == cli.yaml()
+        return same and Evaluation.load(folder).about["seed"] == _settings(cli)["seed"]
+    except (OSError, ValueError, LookupError, TypeError, ConfigError):  # none, or none that can be read
         return False
 
 

@@ -17,7 +17,7 @@ import yaml
 from app.cli.builder import MetaboltCLI
 from datamodules import DATA
 from datamodules.core.errors import ConfigError
-from models.core.checkpoint_io import CHECKPOINTS, load_checkpoint, refuse_foreign
+from models.core.checkpoint_io import CHECKPOINTS, identity, load_checkpoint, refuse_foreign
 from models.core.from_checkpoint import configuration_of
 from models.core.learner import MetaLearner
 from models.networks.batch_norm import BatchNormMode
@@ -84,11 +84,13 @@ class Trained:
 
     Attributes:
         path: of the file.
+        identity: of what the file holds, see ``checkpoint_io.identity``.
         content: state_dict, global_step, ….
         config: the configuration of its training.
     """
 
     path: Path
+    identity: str
     content: dict[str, Any]
     config: dict[str, Any]
 
@@ -108,11 +110,12 @@ def open_checkpoint(path: Path) -> Trained:
     if not path.is_file():
         raise ConfigError(f"no checkpoint at {path}: --ckpt_path takes a file, as runs/<name>/checkpoints/best.ckpt")
     try:
+        found = identity(path)  # before: of a file that is replaced meanwhile, never the later one's
         content = load_checkpoint(path)
     except (OSError, AttributeError) as error:  # a file cut in two, or of another kind
         raise ConfigError(f"{path} is not a checkpoint ({type(error).__name__}): give another file") from error
     refuse_foreign(content, path)
-    trained = Trained(path, content, {})
+    trained = Trained(path, found, content, {})
     text = content.get("config")
     beside = trained.run_dir / "config.yaml"
     if text is None and beside.is_file():
@@ -122,7 +125,7 @@ def open_checkpoint(path: Path) -> Trained:
     config = configuration_of(text, path)
     if "data" not in config:
         raise ConfigError(f"{path} was trained on no data that its configuration names: give a run's checkpoint")
-    return Trained(path, content, config)
+    return Trained(path, found, content, config)
 
 
 def restore(learner: MetaLearner, trained: Trained) -> None:

@@ -70,6 +70,25 @@ def sealed(archive: bytes) -> bytes:
     return archive[:-2] + struct.pack("<H", len(comment)) + comment
 
 
+def identity(path: str | Path) -> str:
+    """What tells a checkpoint's content from every other: its checksum as it was written, or else that of the file.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _END_SIZE - len(_SEAL) - 64))
+        tail = file.read()
+        if tail.startswith(_END) and tail[_END_SIZE:].startswith(_SEAL):
+            return tail[_END_SIZE + len(_SEAL) :].decode("ascii", "replace")
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def refuse_damaged(path: str | Path) -> None:
     """See whether a checkpoint's bytes are those that were written: by its checksum, or else by those of its parts.
 

@@ -7,6 +7,8 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ from app.runs.evaluation_record import (
     save_tasks,
     settings,
 )
+from app.runs.recorder import Recorder
 from datamodules import GymnasiumTasks, ImageFolder, Sinusoid
 from datamodules.core.errors import ConfigError
 from datamodules.core.metric import Metric
+from models.core.checkpoint_io import AtomicCheckpointIO
 from models.core.metrics import FINGERPRINT, TaskMetrics, calibration_error, classification_metrics
 from models.core.task_kinds import KINDS
 from tests.support.toy import ToyImages
@@ -287,10 +291,72 @@ def test_several_checkpoints_are_evaluated_once_and_compared(
     monkeypatch.setattr(evaluate, "evaluate", lambda cli, text: (done.append(cli.run_dir.name), real(cli, text)))
     evaluate.main(args)
     assert done == []
-    os.utime(checkpoints[0])  # trained on
+    os.utime(checkpoints[0])
     evaluate.main([*args, "--out", str(tmp_path / "out")])
-    assert done == ["best-tasks-15"]
+    assert done == []
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["differences"] == content["differences"]
+
+
+@pytest.fixture
+def evaluated(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Callable[[], list[str]]]:
+    """A folder of runs of which two checkpoints are evaluated, and what evaluates them again: folders where it was."""
+    monkeypatch.setattr(Dashboard, "_draw", lambda *_: None)
+    for name in ("protonet", "maml"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        shutil.copy(runs / name / "checkpoints" / "best.ckpt", tmp_path / name / "checkpoints")
+    args = [str(tmp_path / name / "checkpoints" / "best.ckpt") for name in ("protonet", "maml")]
+    done: list[str] = []
+    real = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda cli, text: (done.append(cli.run_dir.parts[-3]), real(cli, text)))
+
+    def again() -> list[str]:
+        done.clear()
+        evaluate.main(["--ckpt_path", *args, "--tasks", "5"])
+        return list(done)
+
+    assert again() == ["protonet", "maml"]
+    return tmp_path, again
+
+
+def test_another_checkpoint_of_the_same_name_is_evaluated(evaluated: tuple[Path, Callable[[], list[str]]]):
+    """Catches metrics of the weights that a file had before, where the new file has an older date, as copies do."""
+    folder, again = evaluated
+    checkpoint = folder / "maml" / "checkpoints" / "best.ckpt"
+    before = (folder / "maml" / "evaluations" / "best-tasks-5" / "test_tasks.npz").read_bytes()
+    content = torch.load(checkpoint, weights_only=True)
+    for value in content["state_dict"].values():
+        value.mul_(2)
+    AtomicCheckpointIO().save_checkpoint(content, checkpoint)
+    os.utime(checkpoint, (0, 0))
+    assert again() == ["maml"]
+    assert (folder / "maml" / "evaluations" / "best-tasks-5" / "test_tasks.npz").read_bytes() != before
+    assert again() == []
+    torch.save(content, checkpoint)  # as another program writes it, without a seal
+    assert again() == ["maml"]
+    assert again() == []
+
+
+def test_an_evaluation_that_was_killed_is_not_trusted(
+    evaluated: tuple[Path, Callable[[], list[str]]], monkeypatch: pytest.MonkeyPatch
+):
+    """Catches results of one evaluation beside the tasks of another, and half of one that counts as finished."""
+    folder, again = evaluated
+    place = folder / "maml" / "evaluations" / "best-tasks-5"
+    (place / "results.json").unlink()  # killed after the test's tasks were written, before the end
+    assert again() == ["maml"]
+    (place / "results.json").write_text('{"checkpoint_sha2')
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "write_evaluation", lambda *_: sys.exit(137))
+        with pytest.raises(SystemExit):
+            again()
+        assert not (place / "results.json").exists()
+    # A record that could not be written is not that of the test before.
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "_save", lambda *_: None)
+        with pytest.raises(SystemExit):
+            again()
+        assert not (place / "test_tasks.npz").exists()
+    assert again() == ["maml"]
 
 
 def test_finished_runs_are_compared_as_they_are(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from datamodules.core.errors import ConfigError
-from models.core.checkpoint_io import AtomicCheckpointIO, load_checkpoint
+from models.core.checkpoint_io import AtomicCheckpointIO, identity, load_checkpoint
 
 
 def content(seed: int = 0) -> dict:
@@ -29,6 +30,22 @@ def test_it_is_an_archive_that_torch_reads_as_it_is(path: Path):
     assert torch.load(path, weights_only=True)["config"] == "a: 1"
     assert zipfile.ZipFile(path).testzip() is None
     assert torch.equal(load_checkpoint(path)["state_dict"]["w"], content()["state_dict"]["w"])
+
+
+def test_an_identity_is_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Catches two checkpoints that pass for one, one that passes for two, and a seal that is not taken as it is."""
+    names = [tmp_path / f"{name}.ckpt" for name in "abc"]
+    for name, seed in zip(names, (0, 0, 1), strict=True):
+        AtomicCheckpointIO().save_checkpoint(content(seed), name)
+    first, same, other = map(identity, names)
+    assert first == same != other
+    assert first == hashlib.sha256(names[0].read_bytes()[: -len("metabolt sha256 ") - 66] + b"\0\0").hexdigest()
+    torch.save(content(), tmp_path / "plain.ckpt")
+    assert identity(tmp_path / "plain.ckpt") == hashlib.sha256((tmp_path / "plain.ckpt").read_bytes()).hexdigest()
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    assert identity(tmp_path / "empty.ckpt") == hashlib.sha256().hexdigest()
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("hashed what is sealed"))
+    assert identity(names[2]) == other
 
 
 @pytest.mark.parametrize("flips", [1, 3, 20])
