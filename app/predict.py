@@ -1,7 +1,8 @@
 """Classify one's own pictures: ``python -m app.predict --ckpt_path … --support DIR --query DIR``, without training.
 
-``--support`` holds one folder for each class, with a few pictures in each: any number of classes from two, of any
-size, not necessarily as many of each. ``--query`` holds the pictures to classify, in folders or not.
+``--support`` holds one folder for each class, with a few pictures in each, in folders or not: any number of classes
+from two, of any size, not necessarily as many of each. ``--query`` holds the pictures to classify, in folders or not.
+Files that are no pictures are left out, and said so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,13 @@ from app.runs.results import versions
 from datamodules.core.episodes import Support
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
-from datamodules.images.files import UNREADABLE, below, open_picture, visible
+from datamodules.images.files import UNREADABLE, below, open_picture, some, sorted_out, visible
 from datamodules.images.tasks import ImageDataModule
 from models.core.learner import MetaLearner
 from models.core.shapes import fits
 
 QUERY_BATCH = 256
+QUERY_FOLDER = "query_folder"  # in predictions.json: absolute, by which predictions of it are found again
 ROWS = 100  # of the table on the screen; the files hold all
 
 
@@ -57,7 +59,7 @@ class Predictions:
     """What was predicted.
 
     Attributes:
-        classes: names, sorted.
+        classes: names, each another one, in the order of their folders.
         shots: support pictures of each class.
         queries: names of the files, relative to the query folder.
         probabilities: (Q, ways) float32, rows of sum 1.
@@ -83,11 +85,22 @@ class Predictions:
 
 def _name(path: Path) -> str:
     """A path as text that can be written; a name need not be valid Unicode."""
-    return os.fsencode(path).decode("utf-8", "replace").replace(os.sep, "/")
+    return os.fsencode(path).decode("utf-8", "backslashreplace").replace(os.sep, "/")
 
 
-def support_files(root: Path) -> dict[str, list[Path]]:
-    """The picture files of each class, both sorted by name.
+def class_names(folders: Iterable[str]) -> list[str]:
+    """Names of classes that can be written, each another one, of folders' names, which need not be valid Unicode."""
+    names: list[str] = []
+    for folder in folders:
+        name = _name(Path(folder))
+        while name in names:
+            name += "'"
+        names.append(name)
+    return names
+
+
+def support_files(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The picture files of each class, by the name of its folder, both sorted; and files that are no pictures.
 
     Raises:
         ConfigError: what keeps the folder from being a support set.
@@ -95,33 +108,36 @@ def support_files(root: Path) -> dict[str, list[Path]]:
     if not root.is_dir():
         raise ConfigError(f"there is no folder {_name(root)}: --support takes a folder with one folder for each class")
     found: dict[str, list[Path]] = {}
+    left: list[Path] = []
     for entry in visible(root):
-        if not entry.is_dir():
+        pictures, others = sorted_out(below(entry) if entry.is_dir() else [entry])
+        left += others
+        if entry.is_dir():
+            found[entry.name] = pictures
+            if not pictures:
+                raise ConfigError(f"class folder {_name(entry)} holds no picture: put one into it, or remove it")
+        elif pictures:
             raise ConfigError(f"{_name(entry)} lies in no class's folder: move it into one, or away")
-        found[_name(Path(entry.name))] = files = visible(entry)
-        if not files:
-            raise ConfigError(f"class folder {_name(entry)} is empty: put a picture into it, or remove it")
-        if inner := [file for file in files if file.is_dir()]:
-            raise ConfigError(f"{_name(inner[0])} is a folder within a class: put its pictures into {_name(entry)}")
     if len(found) < 2:
-        has = f"only one class, {next(iter(found))}" if found else "no class folders"
+        has = f"only one class, {_name(Path(next(iter(found))))}" if found else "no class folders"
         raise ConfigError(f"{_name(root)} has {has}: a task needs at least two folders, one for each class")
-    return found
+    return found, left
 
 
-def query_files(root: Path) -> list[Path]:
-    """The picture files below a folder, sorted; or the one file that is given.
+def query_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """The picture files below a folder, sorted, and the other files; or the one file that is given.
 
     Raises:
         ConfigError: there are none.
     """
     if root.is_file():
-        return [root]
+        return [root], []
     if not root.is_dir():
         raise ConfigError(f"there is no folder {_name(root)}: --query takes the folder of the pictures to classify")
-    if not (found := list(below(root))):
+    found, left = sorted_out(below(root))
+    if not found:
         raise ConfigError(f"{_name(root)} holds no pictures: put those to classify into it")
-    return found
+    return found, left
 
 
 def read(files: Sequence[Path], data: ImageDataModule) -> Tensor:
@@ -159,9 +175,12 @@ def predict(
     Raises:
         ConfigError: what is wrong with the folders or the pictures.
     """
-    by_class = support_files(support)
-    files = query_files(query)
-    classes, shots = list(by_class), [len(members) for members in by_class.values()]
+    by_class, no_support = support_files(support)
+    files, no_queries = query_files(query)
+    for root, left in ((support, no_support), (query, no_queries)):
+        if left:
+            rank_zero_info(f"left out of {_name(root)}: {len(left)} that are no pictures ({some(left, root)})")
+    classes, shots = class_names(by_class), [len(members) for members in by_class.values()]
     try:
         learner = learner.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
@@ -176,11 +195,8 @@ def predict(
     pieces = [files[i : i + step] for i in range(0, len(files), step)]
     logits = torch.cat([learner.predict(state, read(piece, data).to(device)) for piece in pieces])
     relative = [file.relative_to(query) if query.is_dir() else Path(file.name) for file in files]
-    number = {name: k for k, name in enumerate(classes)}
-    labels = [
-        next((number[n] for part in reversed(path.parts[:-1]) if (n := _name(Path(part))) in number), None)
-        for path in relative
-    ]
+    number = {folder: k for k, folder in enumerate(by_class)}
+    labels = [next((number[part] for part in reversed(path.parts[:-1]) if part in number), None) for path in relative]
     probabilities = logits.float().softmax(-1).cpu()
     return Predictions(classes, shots, [_name(path) for path in relative], probabilities, labels)
 
@@ -286,6 +302,32 @@ def build(trained: Trained, options: argparse.Namespace, keys: Sequence[str]) ->
     return learner, data
 
 
+def own_folder(predictions: Path, query: Path) -> Path:
+    """Where predictions of a query folder are left: over its own of before, beside those of another of the name.
+
+    Args:
+        predictions: the folder of all of a run.
+        query: a folder, or one picture.
+    """
+    query = query.resolve()
+    base = folder = predictions / (query.name or "queries")
+    number = 1
+    while _query_of(folder) not in (None, _name(query)):
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def _query_of(folder: Path) -> Any:
+    """Whose predictions are in a folder; None where there are none."""
+    try:
+        return json.loads((folder / "predictions.json").read_text())[QUERY_FOLDER]
+    except OSError:
+        return None
+    except (ValueError, LookupError, TypeError):  # somebody else's file
+        return ""
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """``python -m app.predict``."""
     args = sys.argv[1:] if args is None else list(args)
@@ -304,25 +346,24 @@ def main(args: Sequence[str] | None = None) -> None:
         trained = open_checkpoint(Path(options.ckpt_path))
         learner, data = build(trained, options, keys)
         predictions = predict(learner, data, support, query, options.device)
-        out = (
-            Path(options.out) if options.out else trained.run_dir / "predictions" / (query.resolve().stem or "queries")
-        )
+        out = Path(options.out) if options.out else own_folder(trained.run_dir / "predictions", query)
         facts = {
             "checkpoint": str(trained.path),
             "algorithm": type(learner).__name__,
             "batch_norm": learner.batch_norm,
             "transductive": learner.transductive,
             "pictures": data.stored_form,
-            "support_folder": _name(support),
-            "query_folder": _name(query),
+            "support_folder": _name(support.resolve()),
+            QUERY_FOLDER: _name(query.resolve()),
         }
         show(predictions)
         try:
             write_atomically(out / "predictions.csv", as_csv(predictions))
             write_atomically(out / "predictions.json", as_json(predictions, facts))
         except OSError as error:
-            raise ConfigError(f"cannot write into {out} ({error.strerror}): give another --out") from error
-        Console().print(f"written: {out}/predictions.csv, {out}/predictions.json", highlight=False, soft_wrap=True)
+            raise ConfigError(f"cannot write into {_name(out)} ({error.strerror}): give another --out") from error
+        files = ", ".join(f"{_name(out)}/predictions.{kind}" for kind in ("csv", "json"))
+        Console().print(Text(f"written: {files}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import lzma
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -47,6 +47,19 @@ def below(folder: Path, entered: frozenset[tuple[int, int]] = frozenset()) -> It
             yield from below(entry, entered | {place})
         else:
             yield entry
+
+
+def sorted_out(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Those of some files that are pictures, and the others, in their order."""
+    found: tuple[list[Path], list[Path]] = ([], [])
+    for file in files:
+        found[not is_picture(file)].append(file)
+    return found
+
+
+def some(files: Sequence[Path], root: Path) -> str:
+    """The first few of some files, relative to a folder, for a message."""
+    return ", ".join(str(file.relative_to(root)) for file in files[:3]) + (", …" if len(files) > 3 else "")
 
 
 def open_regular(file: Path) -> BinaryIO:

@@ -20,7 +20,7 @@ from datamodules.core.download import writable_folder
 from datamodules.core.errors import DataError, at_least
 from datamodules.core.streams import SPLITS
 from datamodules.images.cache import load_or_build
-from datamodules.images.files import UNREADABLE, below, is_picture, open_picture, visible
+from datamodules.images.files import UNREADABLE, below, open_picture, some, sorted_out, visible
 from datamodules.images.preprocessing import upright
 from datamodules.images.tasks import ImageClasses, ImageDataModule, refuse_overlap, shuffled
 
@@ -136,11 +136,10 @@ class ImageFolder(ImageDataModule):
         found: dict[str, list[Path]] = {}
         left: list[Path] = []
         for entry in visible(root):
-            files = list(below(entry)) if entry.is_dir() else []
-            pictures = [file for file in files if is_picture(file)]
+            pictures, others = sorted_out(below(entry)) if entry.is_dir() else ([], [])
             if pictures:
                 found[entry.name] = pictures
-            left += sorted({*(files or [entry])} - {*pictures})
+            left += sorted(others) if pictures or others else [entry]
         if not found:
             raise DataError(
                 f"{root} holds no images in folders: put those of each class into a folder of its own, as in "
@@ -152,8 +151,7 @@ class ImageFolder(ImageDataModule):
                 "folder for each class, and give splits by train_classes, val_classes and test_classes"
             )
         if left:
-            some = ", ".join(str(path.relative_to(root)) for path in left[:3]) + (", …" if len(left) > 3 else "")
-            rank_zero_info(f"left out of {root}: {len(left)} that hold no image of a class ({some})")
+            rank_zero_info(f"left out of {root}: {len(left)} that hold no image of a class ({some(left, root)})")
         return found
 
     @cached_property

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -331,10 +333,6 @@ def _one_class(support: Path, query: Path) -> None:
         shutil.rmtree(support / name)
 
 
-def _text(support: Path, query: Path) -> None:
-    (support / "red" / "notes.txt").write_text("red ones")
-
-
 def _cut(support: Path, query: Path) -> None:
     whole = (query / "red" / "10.png").read_bytes()
     (query / "red" / "10.png").write_bytes(whole[:300])
@@ -351,8 +349,9 @@ def _empty_class(support: Path, query: Path) -> None:
     (support / "grey" / ".DS_Store").write_text("")
 
 
-def _nested(support: Path, query: Path) -> None:
-    (support / "red" / "dark").mkdir()
+def _only_text(support: Path, query: Path) -> None:
+    (support / "grey").mkdir()
+    (support / "grey" / "notes.txt").write_text("none yet")
 
 
 def _loose(support: Path, query: Path) -> None:
@@ -364,12 +363,11 @@ def _loose(support: Path, query: Path) -> None:
     [
         (_one_class, "only one class, green, [b]: a task needs at least two"),
         (lambda s, q: [shutil.rmtree(folder) for folder in s.iterdir()], "no class folders"),
-        (_empty_class, "grey is empty: put a picture into it"),
-        (_text, "support/red/notes.txt is not a picture: remove it"),
-        (lambda s, q: (q / "notes.txt").write_text(""), "query/notes.txt is not a picture"),
+        (_empty_class, "grey holds no picture: put one into it"),
+        (_only_text, "grey holds no picture: put one into it"),
+        (lambda s, q: (q / "green.png").write_text("words"), "query/green.png is not a picture: remove it"),
         (_cut, "query/red/10.png cannot be read"),
         (_no_queries, "query holds no pictures"),
-        (_nested, "red/dark is a folder within a class"),
         (_loose, "loose.png lies in no class's folder"),
         (lambda s, q: shutil.rmtree(s), "there is no folder"),
         (lambda s, q: shutil.rmtree(q), "there is no folder"),
@@ -417,8 +415,76 @@ def test_names_that_are_no_unicode(runs, pictures) -> None:
     except (OSError, UnicodeError):
         pytest.skip("this file system has no such names")
     found = predict(runs["protonet"], support, query)
-    assert found["predictions"][0]["query"] in ("caf\N{REPLACEMENT CHARACTER}.png", "blue/10.png")
+    assert [row["query"] for row in found["predictions"]].count("caf\\xe9.png") == 1
     assert len(found["predictions"]) == 9
+
+
+def test_class_folders_that_look_alike_stay_apart(runs, pictures) -> None:
+    """Catches classes that become one where names that are no Unicode are read, and labels of the wrong one."""
+    support, query = pictures
+    try:
+        for root in pictures:
+            for name, bad in (("red", b"a\xff"), ("blue", b"a\xfe"), ("green, [b]", b"a\\xff")):
+                (root / name).rename(root / os.fsdecode(bad))
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has no such names")
+    found = predict(runs["protonet"], support, query)
+    assert found["support"] == {"a\\xfe": 2, "a\\xff": 4, "a\\xff'": 1}
+    assert found["labelled"] == 9
+    by_folder = {"a\\xfe": 2, "a\\xff": 4, "a\\xff'": 1}
+    assert Counter(row["label"] for row in found["predictions"]) == dict.fromkeys(by_folder, 3)
+    with open(support.parent / "out" / "predictions.csv", newline="") as file:
+        assert len(set(next(csv.reader(file)))) == 7
+
+
+def test_query_folders_of_one_name_keep_their_predictions(runs, pictures, tmp_path: Path) -> None:
+    """Catches predictions that those of another folder overwrite, and one folder more for each repetition."""
+    support, query = pictures
+    places = [tmp_path / part / name for part, name in (("a", "q"), ("b", "q"), ("a", "q.v1"), ("a", "q.v2"))]
+    for place in places:
+        shutil.copytree(query, place)
+    places.append(places[0] / "red" / "10.png")
+    folder = runs["protonet"].parent.parent / "predictions"
+    shutil.rmtree(folder, ignore_errors=True)
+    for place in (*places, *places):
+        main(["--ckpt_path", str(runs["protonet"]), "--support", str(support), "--query", str(place)])
+    found = {p.name: json.loads((p / "predictions.json").read_text())["query_folder"] for p in folder.iterdir()}
+    names = ("q", "q-2", "q.v1", "q.v2", "10.png")
+    assert found == {name: str(place.resolve()) for name, place in zip(names, places, strict=True)}
+    (folder / "q" / "predictions.json").write_text("[]")  # whose it is nobody knows
+    main(["--ckpt_path", str(runs["protonet"]), "--support", str(support), "--query", str(places[0])])
+    assert (folder / "q" / "predictions.json").read_text() == "[]"
+    assert (folder / "q-3" / "predictions.json").is_file()
+
+
+def test_what_is_no_picture_is_left_out_and_said(runs, pictures, caplog) -> None:
+    """Catches a folder refused for a note in it, a file that goes without a word, and one line for each of many."""
+    support, query = pictures
+    before = predict(runs["protonet"], support, query)
+    assert not any("left out" in record.message for record in caplog.records)
+    for name in ("red/notes.txt", "list.csv", "blue/empty"):
+        (support / name).write_text("")
+    for number in range(5):
+        (query / "red" / f"notes{number}.txt").write_text("words")
+    found = predict(runs["protonet"], support, query)
+    assert (found["support"], found["predictions"]) == (SHOTS, before["predictions"])
+    assert [record.message for record in caplog.records if "left out" in record.message] == [
+        f"left out of {support}: 3 that are no pictures (blue/empty, list.csv, red/notes.txt)",
+        f"left out of {query}: 5 that are no pictures (red/notes0.txt, red/notes1.txt, red/notes2.txt, …)",
+    ]
+
+
+def test_pictures_in_folders_within_a_class(runs, pictures) -> None:
+    """Catches a class refused for folders in it, which training takes, or pictures in them that are lost."""
+    support, query = pictures
+    before = predict(runs["protonet"], support, query)
+    for name in SHOTS:
+        (support / name / "more" / "of it").mkdir(parents=True)
+        for file in sorted((support / name).glob("*.png"))[:2]:
+            file.rename(support / name / "more" / "of it" / file.name)
+    found = predict(runs["protonet"], support, query)
+    assert found["support"] == SHOTS
+    np.testing.assert_allclose(probabilities(found), probabilities(before), atol=1e-5)
 
 
 def test_the_command(tmp_path: Path) -> None:
