@@ -54,6 +54,7 @@ _ANGLE, _SLANT, _STRETCH = 0.18, 0.2, 0.12  # radians; sideways per height; log 
 _KNOTS, _BEND = 5, 0.065  # control points to a side; largest move, half canvases
 _ROOM = 1.3  # half canvases that are looked at, so that the warped letter is all there
 _SIZES, _SHIFT, _MARGIN = (18.0, 23.0), 2.0, 2.5  # pixels: longer side, largest move, free border before the pen
+_FILL = (0.52, 0.86)  # shares of SIZE: longer side of the ink, which bends and pens take beyond _SIZES
 _PENS = (1.6, 3.0)  # pixels: stroke width
 _DENSEST = 0.4  # of the distance from stroke to stroke, that a stroke may be wide
 _BLUR = 1.4  # half pixels: standard deviation
@@ -304,11 +305,11 @@ class Glyphs(ImageDataModule):
         return everything.select([k for k, group in enumerate(everything.groups) if group in wanted])
 
     def to_store(self, image: Image.Image) -> Tensor:
-        return ink(image, SIZE)
+        return ink(image, SIZE, _FILL)  # a learner that saw no small letter is sure of them, and wrong
 
     @property
     def stored_form(self) -> str:
-        return ink_form(SIZE)
+        return ink_form(SIZE, _FILL)
 
 
 def build_classes() -> ImageClasses:

@@ -10,6 +10,7 @@ from torch import Tensor
 DEPTHS = (1, 8, 10, 12, 14, 16)  # bits of a sample, as cameras, microscopes and scanners have them
 _FULL_DEPTH = {"PPM", "JPEG2000"}  # formats whose deep samples Pillow stretches to 16 bits itself
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _MAX_SAMPLE, _PHOTOMETRIC = 258, 339, 281, 262  # TIFF 6.0
+_INK = 0.3  # of full ink: less is the soft edge of a stroke, or paper that is not even
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -88,12 +89,13 @@ def _declared_white(image: Image.Image) -> float | None:
     return 2.0**bits - 1 if 8 < bits < 16 else None  # 16 and 32 are the container's, whatever it holds
 
 
-def ink_form(size: int) -> str:
+def ink_form(size: int, fill: tuple[float, float] | None = None) -> str:
     """What ``ink`` makes of pictures, as the end of a sentence."""
-    return f"drawings of {size}×{size} pixels, bright strokes on black, whatever their colours"
+    enlarged = "" if fill is None else f", enlarged and centred where the ink spans less than {100 * fill[0]:.0f} %"
+    return f"drawings of {size}×{size} pixels, bright strokes on black, whatever their colours{enlarged}"
 
 
-def ink(image: Image.Image, size: int = 28) -> Tensor:
+def ink(image: Image.Image, size: int = 28, fill: tuple[float, float] | None = None) -> Tensor:
     """A picture of a character as bright strokes on black, which is how the data sets of characters store theirs.
 
     Transparency is seen on white. The paper is what most of the border shows; contrast is stretched so that paper is 0
@@ -103,6 +105,8 @@ def ink(image: Image.Image, size: int = 28) -> Tensor:
     Args:
         image: any mode, size and polarity.
         size: height and width of the result, pixels.
+        fill: shares of the frame's longer side, from the smallest to the largest, that the longer side of the ink has
+            in the data set. A drawing with less is brought to their middle and centred; others keep size and place.
 
     Returns:
         (1, size, size) uint8.
@@ -113,6 +117,8 @@ def ink(image: Image.Image, size: int = 28) -> Tensor:
     # Ink is on the side of the paper's brightness on which the picture goes further.
     strokes = paper - grey if paper - grey.min() >= grey.max() - paper else grey - paper
     strokes = strokes.clip(0) * (255 / max(float(strokes.max()), 1.0))
+    if fill is not None:
+        strokes = _filling(strokes, *fill)
     scale = size / max(strokes.shape)
     height, width = (max(1, round(n * scale)) for n in strokes.shape)
     picture = Image.fromarray(strokes.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
@@ -123,3 +129,22 @@ def ink(image: Image.Image, size: int = 28) -> Tensor:
     top, left = (size - height) // 2, (size - width) // 2
     result[top : top + height, left : left + width] = np.rint(small)
     return torch.from_numpy(result)[None]
+
+
+def _filling(strokes: np.ndarray, least: float, most: float) -> np.ndarray:
+    """A drawing (H, W) with values in [0, 255], or the square about its ink where that is small, see ``ink``."""
+    rows, columns = (np.flatnonzero((strokes > _INK * 255).any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return strokes
+    spans = [int(at[-1] - at[0]) + 1 for at in (rows, columns)]
+    if max(spans) >= least * max(strokes.shape):
+        return strokes
+    side = max(spans) + 2 * round(max(spans) * (1 / (least + most) - 0.5))
+    square, inside, seen = np.zeros((side, side)), [], []  # paper, where the picture ends
+    for at, span, length in zip((rows, columns), spans, strokes.shape, strict=True):
+        start = int(at[0]) - (side - span) // 2
+        low, high = max(start, 0), min(start + side, length)
+        inside.append(slice(low - start, high - start))
+        seen.append(slice(low, high))
+    square[tuple(inside)] = strokes[tuple(seen)]
+    return square

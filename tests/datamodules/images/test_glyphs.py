@@ -10,15 +10,17 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import app  # noqa: F401  first, as in a run: it makes pytorch_lightning importable beside a broken torchvision
 from datamodules.core.streams import SPLITS
 from datamodules.images import cache, glyphs
 from datamodules.images.glyphs import INSTANCES, SCRIPTS, SIZE, Glyphs
+from datamodules.images.omniglot import Omniglot
 from datamodules.images.preprocessing import ink
 from datamodules.images.tasks import ImageClasses
 
@@ -230,7 +232,64 @@ def test_to_store_keeps_a_stored_image(data):
         assert torch.equal(data.to_store(Image.fromarray(255 - image[0].numpy())), image)
 
 
+def test_every_stored_image_comes_back_as_it_is(data):
+    """Catches a drawing of the data set that is taken for too small: of thousands, on either paper."""
+    for split in SPLITS:
+        for image in data.classes(split).images[::3]:
+            for drawn in (image[0].numpy(), 255 - image[0].numpy()):
+                assert torch.equal(data.to_store(Image.fromarray(drawn)), image)
+
+
 # --- pictures of users
+
+
+FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+
+
+def letter(char: str, height: int, place: tuple[float, float], page: tuple[int, int] = (400, 300)) -> Image.Image:
+    """A letter whose capital is ``height`` pixels high, black on white, at shares of the room that is left."""
+    ink_of = Image.new("L", page)
+    ImageDraw.Draw(ink_of).text((40, 0), char, fill=255, font=ImageFont.truetype(FONT, round(height / 0.73)))
+    ink_of = ink_of.crop(ink_of.getbbox())
+    image = Image.new("L", page, 255)
+    corner = [round(share * (room - own)) for share, room, own in zip(place, page, ink_of.size, strict=True)]
+    image.paste(0, (corner[0], corner[1]), ink_of)
+    return image
+
+
+@pytest.mark.parametrize("height", [20, 60, 120])
+@pytest.mark.parametrize("char", "AgRЖ")
+def test_a_small_letter_is_seen_as_those_of_the_data_set(char: str, height: int):
+    """Catches small or off-centre letters that a learner, which saw large ones alone, is sure of and wrong."""
+    data = Glyphs()
+    seen = data.to_store(letter(char, height, (0.5, 0.5)))
+    for place in ((0.02, 0.03), (0.97, 0.4), (0, 1), (1, 1)):
+        assert torch.equal(data.to_store(letter(char, height, place)), seen)
+    spans = []
+    for axis in (1, 2):
+        at = (seen > 76).any(axis).flatten().nonzero().flatten()
+        assert abs(int(at[0]) + int(at[-1]) + 1 - SIZE) <= 2
+        spans.append(len(at))
+    assert 18 <= max(spans) <= 21
+    by_hand = ImageOps.invert(letter(char, 150, (0.5, 0.5)))
+    by_hand = by_hand.crop(by_hand.getbbox())
+    side = round(max(by_hand.size) / 0.69)
+    page = Image.new("L", (side, side))
+    page.paste(by_hand, ((side - by_hand.width) // 2, (side - by_hand.height) // 2))
+    both = torch.stack([data.to_store(image).flatten().float() for image in (letter(char, height, (0, 0)), page)])
+    assert torch.corrcoef(both)[0, 1] > 0.9
+
+
+def test_only_what_asks_for_it_fills_the_frame():
+    """Catches another frame for data sets that keep theirs, a dot or an empty page that fails."""
+    image = letter("A", 40, (0.1, 0.9))
+    assert torch.equal(Omniglot().to_store(image), ink(image))
+    assert int((ink(image)[0] > 76).any(1).sum()) < 6
+    assert not Glyphs().to_store(Image.new("L", (40, 40), 128)).any()
+    dot = Image.new("L", (300, 200), 255)
+    dot.putpixel((299, 0), 0)
+    assert Glyphs().to_store(dot).max() == 255
+    assert Glyphs().to_store(Image.new("L", (1, 1))).shape == (1, SIZE, SIZE)
 
 
 def picture(width: int = 60, height: int = 60, paper=255, strokes=0, mode: str = "L") -> Image.Image:
