@@ -30,7 +30,7 @@ from app.cli.failures import one_line_errors
 from app.dashboard.reinforcement import optimum_of
 from app.plots import reinforcement as figures_rl
 from app.plots import results, style
-from app.runs.directory import CONFIG, EVALUATIONS, slug
+from app.runs.directory import CONFIG, EVALUATIONS, out_folder, slug
 from app.runs.evaluation_record import SETTINGS, Evaluation, refuse_other_tasks
 from datamodules.core.base import shape_text
 from datamodules.core.errors import ConfigError
@@ -259,7 +259,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "python -m app.compare", description="Compare finished tests on the same tasks, without any new computation."
     )
     parser.add_argument("folders", nargs="+", type=Path, help="Of runs, runs/<name>, or of evaluations.")
-    parser.add_argument("--out", type=Path, help="Folder for what is written; by default one beside the runs.")
+    parser.add_argument("--out", type=out_folder, help="Folder for what is written; by default one beside the runs.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
     options = parser.parse_args(args)
     with one_line_errors(options.debug):

@@ -54,7 +54,7 @@ class EvaluationCLI(FromCheckpoint):
 
     def choose_folder(self, stage: str) -> tuple[Path, Path | None]:
         if self.options.out is not None:
-            out = Path(self.options.out)
+            out = self.options.out
             if (out / CHECKPOINTS).is_dir():
                 raise ConfigError(f"{out} is the folder of a run, whose results would be lost: give another --out")
             return out, self.trained.path
@@ -173,7 +173,7 @@ def compare(options: argparse.Namespace, keys: Sequence[str], words: Sequence[st
     Raises:
         ConfigError, DataError: what the user can mend; other tasks before any is computed.
     """
-    if options.out is not None and (Path(options.out) / CHECKPOINTS).is_dir():
+    if options.out is not None and (options.out / CHECKPOINTS).is_dir():
         raise ConfigError(f"{options.out} is the folder of a run, whose results would be lost: give another --out")
     alone = argparse.Namespace(**vars(options) | {"out": None})
     clis = [EvaluationCLI(open_checkpoint(Path(path)), alone, keys, words) for path in options.ckpt_path]
@@ -186,7 +186,7 @@ def compare(options: argparse.Namespace, keys: Sequence[str], words: Sequence[st
             rank_zero_info(f"{cli.trained.path} is evaluated already, in {cli.run_dir}: remove that to do it again")
         else:
             evaluate(cli, command)
-    out = comparison_dir(folders) if options.out is None else Path(options.out)
+    out = comparison_dir(folders) if options.out is None else options.out
     write_comparison([Evaluation.load(folder) for folder in folders], out, command)
 
 

@@ -346,7 +346,7 @@ def main(args: Sequence[str] | None = None) -> None:
         trained = open_checkpoint(Path(options.ckpt_path))
         learner, data = build(trained, options, keys)
         predictions = predict(learner, data, support, query, options.device)
-        out = Path(options.out) if options.out else own_folder(trained.run_dir / "predictions", query)
+        out = options.out or own_folder(trained.run_dir / "predictions", query)
         facts = {
             "checkpoint": str(trained.path),
             "algorithm": type(learner).__name__,

@@ -14,10 +14,12 @@ from typing import Any, NoReturn, get_args
 
 import yaml
 
+from app.cli.base_configs import whole
 from app.cli.builder import MetaboltCLI
+from app.runs.directory import out_folder
 from datamodules import DATA
 from datamodules.core.errors import ConfigError
-from models.core.checkpoint_io import CHECKPOINTS, identity, load_checkpoint, refuse_foreign
+from models.core.checkpoint_io import CHECKPOINTS, identity, load_checkpoint, refuse_foreign, refuse_missing
 from models.core.from_checkpoint import configuration_of
 from models.core.learner import MetaLearner
 from models.networks.batch_norm import BatchNormMode
@@ -54,7 +56,9 @@ class Options(argparse.ArgumentParser):
         )
         what = "The checkpoint: runs/<name>/checkpoints/best.ckpt" + ("; several are compared." if several else ".")
         self.add_argument("--ckpt_path", required=True, nargs="+" if several else None, help=what)
-        self.add_argument("--out", help="Folder for what is written; by default one of its own in the run's folder.")
+        self.add_argument(
+            "--out", type=out_folder, help="Folder for what is written; by default one of its own in the run's folder."
+        )
         self.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
         self.add_argument("--batch_norm", choices=get_args(BatchNormMode), help="What normalises a query.")
         self.add_argument("--inner_steps", type=int, help="Steps of the inner loop.")
@@ -107,8 +111,7 @@ def open_checkpoint(path: Path) -> Trained:
     Raises:
         ConfigError: there is no such file, or it is not a checkpoint of a run.
     """
-    if not path.is_file():
-        raise ConfigError(f"no checkpoint at {path}: --ckpt_path takes a file, as runs/<name>/checkpoints/best.ckpt")
+    refuse_missing(path, "--ckpt_path takes a file, as runs/<name>/checkpoints/best.ckpt")
     try:
         found = identity(path)  # before: of a file that is replaced meanwhile, never the later one's
         content = load_checkpoint(path)
@@ -148,9 +151,10 @@ def find_class(class_path: str) -> type | None:
     """The class of a dotted path; None where there is none."""
     module, _, name = class_path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError):
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError, TypeError):  # the last for a name with a dot before it
         return None
+    return found if isinstance(found, type) else None
 
 
 def takes(class_path: str, name: str) -> bool:
@@ -164,7 +168,7 @@ def other_data(given: str, config: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         given: a class ("datamodules.ImageFolder", "ImageFolder"), or a YAML file with such a part, alone or in a whole
-            configuration.
+            configuration, over its base or not.
         config: of the training; the new data takes over ``DATA_KEPT``, and the size of images from the backbone.
 
     Raises:
@@ -172,13 +176,14 @@ def other_data(given: str, config: dict[str, Any]) -> dict[str, Any]:
     """
     data: dict[str, Any] = {"class_path": given if "." in given else f"datamodules.{given}"}
     if Path(given).suffix in (".yaml", ".yml"):
-        try:
-            content = yaml.safe_load(Path(given).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{given} cannot be read ({' '.join(str(error).split())}): correct --data") from error
-        data = content.get("data", content) if isinstance(content, dict) else {}
-        if not isinstance(data, dict) or "class_path" not in data:
+        if not Path(given).is_file():
+            raise ConfigError(f"there is no file {given}: correct --data")
+        content = whole(Path(given))
+        data = content.get("data", content)
+        if not isinstance(data, dict) or not isinstance(data.get("class_path"), str):
             raise ConfigError(f"{given} names no data set: give it a class_path, and settings in init_args")
+        if not isinstance(data.get("init_args") or {}, dict):
+            raise ConfigError(f"the init_args of {given} are {data['init_args']!r}: give settings, each by its name")
     if find_class(data["class_path"]) is None:
         near = difflib.get_close_matches(data["class_path"], [f"datamodules.{c.__name__}" for c in DATA], 1, 0.4)
         raise ConfigError(f"unknown class {data['class_path']!r}" + (f": did you mean {near[0]!r}?" if near else ""))

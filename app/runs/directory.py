@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 
 from app.runs.claim import claim, holder
 from datamodules.core.errors import ConfigError
-from models.core.checkpoint_io import CHECKPOINTS
+from models.core.checkpoint_io import CHECKPOINTS, refuse_missing
 
 EVALUATIONS = "evaluations"  # folder of a run
 CONFIG, RESULTS = "config.yaml", "results.json"
@@ -90,8 +91,8 @@ def choose_run(
     take = take and stage == "fit"
     if ckpt_path in ("last", "best"):
         file = newest / CHECKPOINTS / f"{ckpt_path}.ckpt"
-        if not file.is_file() and not (ckpt_path == "last" and stage == "fit"):
-            raise ConfigError(f"no {ckpt_path} checkpoint at {file}: train first, or give --ckpt_path a file")
+        if not (ckpt_path == "last" and stage == "fit"):
+            refuse_missing(file, "train first, or give --ckpt_path a file", f"{ckpt_path} checkpoint")
         if take and not _claimed(newest):
             who = f"process {other.pid} of {other.host}" if (other := holder(newest)) else "another process"
             raise ConfigError(f"{newest} is trained by {who} just now: wait for it, or give another --name")
@@ -99,8 +100,7 @@ def choose_run(
     file = None
     if ckpt_path:
         file = Path(ckpt_path)
-        if not file.is_file():
-            raise ConfigError(f"no checkpoint at {file}: --ckpt_path takes last, best or an existing file")
+        refuse_missing(file, "--ckpt_path takes last, best or an existing file")
     if stage != "fit":
         own = [folder for folder in versions if file and file.resolve().is_relative_to(folder.resolve())]
         return (own or [newest])[-1], file
@@ -120,6 +120,13 @@ def _claimed(folder: Path) -> bool:
         raise ConfigError(
             f"cannot write into {folder} ({error.strerror}): give --runs a folder that can be written"
         ) from error
+
+
+def out_folder(given: str) -> Path:
+    """What an option that takes a folder was given; ``Path`` alone takes nothing for the working directory."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a folder, or leave it out")
+    return Path(given)
 
 
 def slug(words: Sequence[str]) -> str:

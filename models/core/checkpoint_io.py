@@ -118,6 +118,28 @@ def refuse_damaged(path: str | Path) -> None:
         raise ConfigError(f"{path} is damaged, its checksum is another than when it was written: give another file")
 
 
+def refuse_missing(path: str | Path, cure: str, what: str = "checkpoint") -> None:
+    """See whether there is a checkpoint.
+
+    Args:
+        path: where it should be.
+        cure: what to do, unless another one of the run is there, which is named then.
+        what: is missing.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return
+    others = [
+        folder / f"{name}.ckpt" for folder in (path.parent, path, path / CHECKPOINTS) for name in ("best", "last")
+    ]
+    if (other := next((file for file in others if file.is_file()), None)) is not None:
+        cure = f"give {other}, which is there"
+    raise ConfigError(f"no {what} at {path}: {cure}")
+
+
 def refuse_foreign(content: Any, path: str | Path) -> None:
     """See whether what a file holds is a checkpoint of a run.
 

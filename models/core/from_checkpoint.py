@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from datamodules.core.errors import ConfigError
-from models.core.checkpoint_io import load_checkpoint, refuse_foreign
+from models.core.checkpoint_io import load_checkpoint, refuse_foreign, refuse_missing
 
 
 def configuration_of(text: Any, path: Any) -> dict[str, Any]:
@@ -41,8 +41,7 @@ def configuration_of(text: Any, path: Any) -> dict[str, Any]:
 
 def build(kind: type, path: str | Path, map_location: Any, settings: dict[str, Any]) -> Any:
     """The learner of a checkpoint with its weights, see ``MetaLearner.load_from_checkpoint``."""
-    if not Path(path).is_file():
-        raise ConfigError(f"no checkpoint at {path}: give a file, as runs/<name>/checkpoints/best.ckpt")
+    refuse_missing(path, "give a file, as runs/<name>/checkpoints/best.ckpt")
     content = load_checkpoint(path, map_location)
     refuse_foreign(content, path)
     config = configuration_of(content.get("config"), path)["model"]

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from datamodules.core.errors import ConfigError
-from models.core.checkpoint_io import load_checkpoint
+from models.core.checkpoint_io import load_checkpoint, refuse_missing
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNorm
 from models.networks.wrappers import Around
@@ -47,8 +47,7 @@ class Pretrained(Around):
         """
         if self.loaded:
             return
-        if not self.ckpt_path.is_file():
-            raise ConfigError(f"no checkpoint at {self.ckpt_path} to take the backbone from: train it first")
+        refuse_missing(self.ckpt_path, "train the backbone first")
         content = load_checkpoint(self.ckpt_path)
         state: dict[str, Tensor] = content.get("state_dict", {}) if isinstance(content, dict) else {}
         own = {name: tuple(value.shape) for name, value in self.backbone.state_dict().items()}

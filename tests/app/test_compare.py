@@ -379,6 +379,9 @@ def test_finished_runs_are_compared_as_they_are(runs: Path, tmp_path: Path, caps
     (tmp_path / "half" / "test_tasks.npz").write_bytes((runs / "maml" / "test_tasks.npz").read_bytes()[:200])
     assert "cannot be read" in told(capsys, comparison.main, str(tmp_path / "maml"), str(tmp_path / "half"))
     assert "each of them once" in told(capsys, comparison.main, str(tmp_path / "maml"), str(tmp_path / "maml"))
+    with pytest.raises(SystemExit):  # not into the working directory
+        comparison.main([str(tmp_path / "maml"), str(tmp_path / "protonet"), "--out", ""])
+    assert "argument --out: it is empty" in capsys.readouterr().err
 
 
 def test_checkpoints_of_other_tasks_are_refused_before_any_work(

@@ -16,8 +16,10 @@ import yaml
 
 from app.dashboard.callback import Dashboard
 from app.evaluate import ReadyTasks, main
-from app.runs.directory import slug
+from app.runs.directory import choose_run, slug
 from datamodules import ImageFolder
+from datamodules.core.errors import ConfigError
+from models import MAML
 from tests.support.trained import CLASSES, SIZE, picture_tree, train_on_pictures
 
 # Lightning calls what jsonargparse 5 will not have.
@@ -175,6 +177,11 @@ def test_another_data_set(runs: Path, tmp_path: Path) -> None:
         (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
         _, folder = evaluate(checkpoint, "--data", str(tmp_path / "data.yaml"), "--tasks", "9", out=tmp_path / "yaml")
         assert settings(folder)["data"]["init_args"]["fractions"] == [0.3, 0.2, 0.5]
+    # Catches a file over a base that is read as if it had none.
+    (tmp_path / "over.yaml").write_text("base: data.yaml\ndata: {init_args: {fractions: [0.2, 0.2, 0.6]}}\n")
+    _, folder = evaluate(checkpoint, "--data", str(tmp_path / "over.yaml"), "--tasks", "9", out=tmp_path / "over")
+    data = settings(folder)["data"]["init_args"]
+    assert (data["fractions"], data["root"]) == ([0.2, 0.2, 0.6], str(other))
 
 
 def test_each_evaluation_has_a_folder(runs: Path, tmp_path: Path) -> None:
@@ -239,11 +246,28 @@ def test_no_checkpoint(runs: Path, tmp_path: Path, capsys) -> None:
     assert "--ckpt_path" in refused(capsys)
 
 
+def test_another_checkpoint_of_the_run_is_named(runs: Path, tmp_path: Path, capsys) -> None:
+    """Catches a user who is told what is missing, and not what is there."""
+    place = tmp_path / "run" / "checkpoints"
+    place.mkdir(parents=True)
+    shutil.copy(checkpoint_of(runs, "maml"), place / "last.ckpt")
+    for given in (place / "best.ckpt", tmp_path / "run", place, place / "step=5.ckpt"):
+        line = refused(capsys, "--ckpt_path", str(given))
+        assert line == f"error: no checkpoint at {given}: give {place / 'last.ckpt'}, which is there"
+    with pytest.raises(ConfigError, match=r"no checkpoint at .*best.ckpt: give .*last.ckpt"):
+        MAML.load_from_checkpoint(place / "best.ckpt")
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"no best checkpoint at .*best.ckpt: give .*last.ckpt"):
+        choose_run(tmp_path, "run", "best", "test")
+
+
 def test_settings_that_cannot_be(runs: Path, tmp_path: Path, capsys) -> None:
     """A traceback, a silent default, or a message without the cure for a setting that cannot work."""
     protonet = ["--ckpt_path", str(checkpoint_of(runs, "protonet"))]
     (tmp_path / "file").write_text("")
     (tmp_path / "data.yaml").write_text("root: here\n")
+    (tmp_path / "number.yaml").write_text("class_path: 5\n")
+    (tmp_path / "list.yaml").write_text("class_path: datamodules.ImageFolder\ninit_args: [1]\n")
     for flags, words in (
         (["--inner_steps", "3"], "leave out --inner_steps"),
         (["--way", "3"], "did you mean --ways?"),
@@ -259,6 +283,12 @@ def test_settings_that_cannot_be(runs: Path, tmp_path: Path, capsys) -> None:
         (["--data", str(tmp_path / "none.yaml")], "correct --data"),
         (["--data", str(tmp_path / "data.yaml")], "give it a class_path"),
         (["--data", "ImageFolder", "--data.root", str(tmp_path / "nowhere")], "set root"),
+        (["--data", "os.path"], "unknown class 'os.path'"),
+        (["--data", "..x"], "unknown class '..x'"),
+        (["--data", "models.MAML"], "subclass of EpisodicDataModule"),
+        (["--data", str(tmp_path / "number.yaml")], "give it a class_path"),
+        (["--data", str(tmp_path / "list.yaml")], "each by its name"),
+        (["--out", ""], "argument --out: it is empty"),
         (["--out", str(runs / "protonet")], "give another --out"),
         (["--out", str(tmp_path / "file")], "give --out a folder"),
     ):
