@@ -177,7 +177,8 @@ def test_embedded_once_or_again_the_queries_of_the_next_task_are_predicted_alike
     assert (learner.embedded.values is not None) == (batch_norm == "running")
 
 
-def test_no_task_need_be_asked(tmp_path: Path):
-    """Catches an option that leaves nothing out."""
+def test_no_task_need_be_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Catches an option that leaves nothing out, or that fails for want of a task."""
     main(command("ProtoNet", tmp_path, "--open_set_tasks", "0", steps=2))
+    assert "not made" not in caplog.text
     assert "open_set_auroc" not in json.loads((tmp_path / "protonet" / "results.json").read_text())["metrics"]

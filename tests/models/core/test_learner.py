@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import models
 from app.cli.builder import main
 from datamodules import Support
-from models import ABML, ANIL, IMAML, MAML, MLP, Baseline, MetaSGD, ProtoNet, Reptile
+from models import ABML, ANIL, IMAML, MAML, MLP, Baseline, Conv4, MetaSGD, ProtoNet, Reptile
 from models.core.inner_loop import adapted, with_gradient
 from models.networks.batch_norm import BatchNorm
 from tests.support.toy import ToyImages, command, train_for
@@ -93,3 +93,29 @@ def test_a_learner_that_was_loaded_is_trained_on_as_any_other(tmp_path):
     before = {n: b.clone() for n, b in loaded.named_buffers() if "running" in n}
     train_for(loaded, ToyImages(ways=3, meta_batch_size=2), 2)
     assert before and all(not torch.equal(b, before[n]) for n, b in loaded.named_buffers() if n in before)
+
+
+def test_running_averages_move_by_the_mean_over_tasks():
+    """Catches sums over tasks, and means over fewer than the meta-batch has: by hand from each task's own batch."""
+    torch.manual_seed(0)
+    data = ToyImages(ways=3, shots=1, queries=2, meta_batch_size=4)
+    learner = ProtoNet(Conv4(hidden=4, image_size=16))
+    first: BatchNorm = next(m for m in learner.modules() if isinstance(m, BatchNorm))
+    batch = data.on_device(data.distribution("train").sample(range(4)))
+    with torch.no_grad():
+        inputs = [learner.backbone.convs[0](torch.cat([t.support.x, t.query_x])) for t in batch]
+        means = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+        variances = torch.stack([x.var((0, 2, 3), correction=0) for x in inputs]).mean(0)
+    train_for(learner, data, 1)
+    torch.testing.assert_close(first.running_mean, 0.1 * means, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first.running_var, 0.9 + 0.1 * variances, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"ways": 1}, "ways"), ({"workers": -1}, "workers"), ({"shots": 0}, "shots"), ({"train_ways": 1}, "train_ways")],
+)
+def test_data_of_no_task_are_refused(settings, said):
+    """Catches sizes by which nothing can be told apart, and numbers that torch refuses in its own words."""
+    with pytest.raises(ValueError, match=said):
+        ToyImages(**settings)
