@@ -112,6 +112,20 @@ def test_what_a_killed_run_left_behind_the_checkpoint_is_overwritten(tmp_path):
         assert torch.equal(everything(again, task, 50), everything(plain, task, 50))
 
 
+def test_a_buffer_of_many_megabytes_ends_where_its_checkpoint_says(tmp_path):
+    """Catches parts of a long file that are read beyond the checkpoint's rows, which its checksum then refuses."""
+    file, wide = tmp_path / "a.bin", 50_000
+    first = buffer(file, width=wide)
+    first.append(1, torch.randn(30, HORIZON, wide), 3)
+    state = first.state_dict()
+    first.append(0, torch.randn(30, HORIZON, wide), 0)
+    first.close()
+    again = buffer(tmp_path / "b.bin", width=wide)
+    again.load(state, file)
+    assert (tmp_path / "b.bin").read_bytes() == file.read_bytes()[: 30 * HORIZON * wide * 4]
+    again.close()
+
+
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
