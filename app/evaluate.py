@@ -123,7 +123,7 @@ def write_evaluation(cli: EvaluationCLI, command: str) -> None:
         "meta_steps": int(cli.trained.content.get("global_step", 0)),
         "command": command,
     }
-    content = results(cli.model, data, facts)
+    content = results(cli.model, data, cli.model.stage_metrics("test").everything(), facts)
     write_results(content, cli.run_dir / RESULTS)
     print_results(content, as_results(cli.model.all_metrics()), cli.run_dir, [f"per task: {cli.run_dir / TASKS_CSV}"])
 

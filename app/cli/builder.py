@@ -432,7 +432,7 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
         "training": {name: round(value, 3) for name, value in cli.stopwatch.state_dict().items()},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    content = results(cli.model, cli.datamodule, facts)
+    content = results(cli.model, cli.datamodule, cli.model.stage_metrics("test").everything(), facts)
     if not cli.trainer.fast_dev_run:
         write_results(content, cli.run_dir / RESULTS)
     config = config_file(cli.run_dir, cli.yaml())
@@ -445,6 +445,14 @@ def write_run_results(cli: MetaboltCLI, checkpoint: Path | None) -> None:
     print_results(
         content, as_results(cli.model.all_metrics()), None if cli.trainer.fast_dev_run else cli.run_dir, hints
     )
+
+
+@rank_zero_only
+def print_validation(cli: MetaboltCLI, metrics: dict[str, float]) -> None:
+    """The table of a meta-validation by itself, which leaves nothing behind."""
+    content = results(cli.model, cli.datamodule, metrics, {})
+    declared = as_results(cli.model.declared_metrics() | dict(cli.datamodule.own_metrics))
+    print_results(content, declared, None, [], split="meta-validation")
 
 
 def run(cli: MetaboltCLI) -> None:
@@ -468,7 +476,8 @@ def run(cli: MetaboltCLI) -> None:
         checkpoint = best if best.is_file() and not trainer.fast_dev_run else None
         trainer.test(ckpt_path=checkpoint, verbose=False, **common)
     elif stage == "validate":
-        trainer.validate(ckpt_path=checkpoint, **common)
+        (logged,) = trainer.validate(ckpt_path=checkpoint, verbose=False, **common)
+        print_validation(cli, {name.removeprefix("val/"): value for name, value in logged.items() if "/" in name})
     else:
         trainer.test(ckpt_path=checkpoint, verbose=False, **common)
     if stage != "validate":

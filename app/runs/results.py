@@ -45,15 +45,18 @@ def processor() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def results(learner: MetaLearner, data: EpisodicDataModule, facts: dict[str, Any]) -> dict[str, Any]:
+def results(
+    learner: MetaLearner, data: EpisodicDataModule, metrics: Mapping[str, float], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything that a test measured and what it was measured on, ready for JSON.
 
     Args:
-        learner: after its test; its per-task metrics are aggregated here.
+        learner: that was tested.
         data: what it was tested on.
+        metrics: over tasks, and the number of ``tasks``; with intervals and worst deciles beside them.
         facts: added as they are: seed, checkpoint, command.
     """
-    metrics = learner.stage_metrics("test").everything()
+    metrics = dict(metrics)
     tasks = int(metrics.pop("tasks"))
     return {
         "algorithm": type(learner).__name__,
@@ -89,12 +92,15 @@ def print_results(
     folder: Path | None,
     hints: list[str],
     console: Console | None = None,
+    split: str = "meta-test",
 ) -> None:
     """The closing table: metrics with their intervals, where the run is (None: nowhere), how to look at it."""
     console = console or Console()
     shape = shape_text(content)
     what = f"{content['algorithm']} on {content['data']}{', ' if shape else ''}{shape}"
-    table = Table(title=f"{what}: {content['tasks']:,} meta-test tasks", title_justify="left")
+    # Above the table, not its title: that would be broken to the table's width.
+    console.print(f"{what}: {content['tasks']:,} {split} tasks", style="italic", highlight=False, soft_wrap=True)
+    table = Table()
     for column in ("metric", "mean ± 95 % interval", "worst decile"):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for name, metric in content["metrics"].items():

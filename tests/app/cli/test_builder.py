@@ -129,7 +129,10 @@ def test_stages_validate_and_test_use_the_best_checkpoint(capsys, tmp_path):
     again = json.loads((tmp_path / "protonet" / "results.json").read_text())
     assert again["metrics"] == first["metrics"]
     assert again["checkpoint"].endswith("best.ckpt")
+    capsys.readouterr()
     main(command("ProtoNet", tmp_path, "--stage", "validate", "--ckpt_path", "last"))
+    out = capsys.readouterr().out
+    assert "8 meta-validation tasks" in out and "±" in out and "tasks_seen" not in out
     assert [p.name for p in tmp_path.iterdir()] == ["protonet"]
 
 
