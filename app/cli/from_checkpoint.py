@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args
 
 import yaml
 
+from app.cli.base_configs import load
 from app.cli.builder import MetaboltCLI
 from datamodules import DATA
 from datamodules.core.errors import ConfigError
@@ -169,11 +170,8 @@ def other_data(given: str, config: dict[str, Any]) -> dict[str, Any]:
     """
     data: dict[str, Any] = {"class_path": given if "." in given else f"datamodules.{given}"}
     if Path(given).suffix in (".yaml", ".yml"):
-        try:
-            content = yaml.safe_load(Path(given).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{given} cannot be read ({' '.join(str(error).split())}): correct --data") from error
-        data = content.get("data", content) if isinstance(content, dict) else {}
+        content = load(Path(given), cure="correct --data")
+        data = content.get("data", content)
         if not isinstance(data, dict) or "class_path" not in data:
             raise ConfigError(f"{given} names no data set: give it a class_path, and settings in init_args")
     if find_class(data["class_path"]) is None:
