@@ -408,8 +408,7 @@ class RunFiles(pl.Callback):
         self.trained |= trained_classes(checkpoint)
         if trainer.state.fn != "fit":
             return
-        was, now = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))
-        reconcile(trainer, pl_module, checkpoint, was, now)
+        reconcile(trainer, pl_module, checkpoint, yaml.safe_load(self.config))
 
 
 def program(*flags: str) -> str:

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from app.runs.checkpoints import BestCheckpoint
 from datamodules.core.errors import ConfigError
+from models.core.from_checkpoint import configuration_of
 
 # What of the data's settings does not touch the meta-validation tasks.
 NOT_OF_VALIDATION = frozenset(
@@ -21,18 +22,27 @@ NOT_OF_VALIDATION = frozenset(
 )
 
 
-def reconcile(trainer: pl.Trainer, learner: Any, checkpoint: dict[str, Any], was: Any, now: Any) -> None:
+# Without which a training would begin anew from the weights.
+STATE = ("optimizer_states", "lr_schedulers", "loops")
+
+
+def reconcile(trainer: pl.Trainer, learner: Any, checkpoint: dict[str, Any], now: Any) -> None:
     """Make a checkpoint one that the run can go on from as its configuration says: hyperparameters and schedules are
     the configuration's, moments, weights and counters the checkpoint's.
 
     Args:
         trainer, learner: of the run, before its optimizers are set up.
         checkpoint: changed in place.
-        was, now: configurations of the checkpoint and of the run.
+        now: the configuration of the run.
 
     Raises:
-        ConfigError: what would go on as another training than it looks like.
+        ConfigError: what would go on as another training than it looks like; no whole checkpoint of a training.
     """
+    path = trainer.ckpt_path
+    was = configuration_of(checkpoint.get("config"), path)
+    missing = [name for name in STATE if name not in checkpoint] + ["data"] * ("data" not in was)
+    if missing:
+        raise ConfigError(f"{path} has no {missing[0]} to go on with: give a checkpoint of train.py, or start a new run")
     refuse_another_stream(was, now)
     of_model = [(c["model"].get("init_args") or {}) for c in (was, now)]
     one, other = ((part.get("optimizer") or {}).get("class_path") for part in of_model)

@@ -305,6 +305,9 @@ DAMAGES = {
     "no tensors": lambda c: c | {"state_dict": None},
     "no state": lambda c: {k: v for k, v in c.items() if k != "state_dict"},
     "a list of all": lambda c: [c],
+    "step a text": lambda c: c | {"global_step": "x"},
+    "loops a text": lambda c: c | {"loops": "x"},
+    "no callbacks": lambda c: c | {"callbacks": None},
 }
 
 
@@ -328,14 +331,8 @@ def test_foreign_and_damaged_configurations_are_one_line(damage, tmp_path, monke
     }
     capsys.readouterr()
     for which, run in commands.items():
-        # A resume heeds the command line, not the checkpoint's configuration.
-        if which == "resume" and damage not in (
-            "another shape",
-            "fewer tensors",
-            "no tensors",
-            "no state",
-            "a list of all",
-        ):
+        # A resume builds what the command line says, not the checkpoint's configuration.
+        if which == "resume" and damage in ("another learner", "unknown learner", "unknown data"):
             continue
         if which == "load":
             if damage != "unknown data":
@@ -349,3 +346,24 @@ def test_foreign_and_damaged_configurations_are_one_line(damage, tmp_path, monke
         assert stopped.value.code == 2, (which, said)
         assert said[-1].startswith("error: ") and not any("Traceback" in line for line in said), (which, said)
     assert not (tmp_path / "executed").exists()
+
+
+LACKS = {
+    "trained_classes are no list": ("fit", "test", lambda c: c | {"trained_classes": [1]}),
+    "trained_classes are no list of": ("fit", "test", lambda c: c | {"trained_classes": torch.zeros(2, 2)}),
+    "no pytorch-lightning_version": ("fit", "test", lambda c: c.pop("pytorch-lightning_version") and c),
+    "no optimizer_states": ("fit", lambda c: c.pop("optimizer_states") and c),
+    "no loops": ("fit", lambda c: c.pop("loops") and c),
+}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_a_checkpoint_that_lacks_what_a_run_needs_is_one_line(lack, tmp_path, capsys):
+    """Catches an error of the program, or a training that begins anew from the weights, for an edited checkpoint."""
+    main(command("ProtoNet", tmp_path, steps=2))
+    *stages, damage = LACKS[lack]
+    torch.save(damage(load_checkpoint(tmp_path / "protonet" / "checkpoints" / "last.ckpt")), tmp_path / "x.ckpt")
+    for stage in stages:
+        flags = ("--ckpt_path", str(tmp_path / "x.ckpt"), "--stage", stage)
+        code, line = ended(capsys, *command("ProtoNet", tmp_path, *flags, steps=4))
+        assert code == 2 and lack in line
