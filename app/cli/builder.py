@@ -31,7 +31,7 @@ from app.cli.suggestions import Parser
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
-from app.runs.claim import release, shared_with_children
+from app.runs.claim import count, release, shared_with_children
 from app.runs.directory import RESULTS, choose_run, config_file
 from app.runs.leaks import KEY, as_tensor, of_backbones, refuse_leaks, trained_classes
 from app.runs.metrics_csv import MetricsCSV
@@ -326,7 +326,8 @@ class MetaboltCLI(LightningCLI):
 
     def set_threads(self) -> None:
         """Share the cores among the processes of this machine; each alone would take them all."""
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or self.trainer.num_devices
+        started = "LOCAL_WORLD_SIZE" in os.environ
+        here = count(os.environ, "LOCAL_WORLD_SIZE") if started else self.trainer.num_devices
         if self.trainer.strategy.root_device.type == "cpu" and here > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
 

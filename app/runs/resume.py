@@ -42,7 +42,7 @@ def reconcile(trainer: pl.Trainer, learner: Any, checkpoint: dict[str, Any], now
     was = configuration_of(checkpoint.get("config"), path)
     missing = [name for name in STATE if name not in checkpoint] + ["data"] * ("data" not in was)
     if missing:
-        raise ConfigError(f"{path} has no {missing[0]} to go on with: give a checkpoint of train.py, or start a new run")
+        raise ConfigError(f"{path} has no {missing[0]} to go on with: give one of train.py, or start a new run")
     refuse_another_stream(was, now)
     of_model = [(c["model"].get("init_args") or {}) for c in (was, now)]
     one, other = ((part.get("optimizer") or {}).get("class_path") for part in of_model)
