@@ -301,6 +301,13 @@ class MetaboltCLI(LightningCLI):
                 f"{type(self.model).__name__} takes several steps of its own in a meta-update, which the scaling of "
                 "gradients in half precision does not reach: give --trainer.precision bf16-mixed"
             )
+        tasks, size = self.datamodule.test_tasks, self.datamodule.eval_batch_size
+        limit = trainer.limit_test_batches
+        if self.setting("stage") != "validate" and int(limit if limit > 1 else -(-tasks // size) * limit) < 1:
+            raise ConfigError(
+                f"trainer.limit_test_batches is {limit}, which leaves no task for the meta-test that a run ends with: "
+                "leave it out, and give --data.init_args.test_tasks"
+            )
         if self.setting("stage") == "fit":
             if not self.learns:
                 raise ConfigError(f"{type(self.model).__name__} has nothing to train: evaluate it, with --stage test")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import itertools
 import linecache
@@ -119,7 +120,9 @@ def refusal(error: Exception, config: Any = None) -> Exception:
         text, cure = f"a file is not UTF-8 text ({text})", "save it as UTF-8"
     elif isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        text, cure = f"{place}{error.strerror or text}", "give another path, or make it usable"
+        told, text = "", f"{place}{error.strerror or text}"
+        first = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it usable"
+        cure = f"{first}, or give another {f'--{key}' if key in settings else 'path'}"
     elif _out_of_memory(error):
         told = f"{key} is {_line(str(settings[key]), 60)}: " if (key := _largest(settings)) else ""
         text, cure = f"not enough memory ({text})", "lower it" if key else "give smaller settings"
@@ -248,7 +251,7 @@ def _setting(error: Exception, settings: dict[str, Any]) -> str | None:
     text = str(error)
     path = str(error.filename) if isinstance(error, OSError) and error.filename else None
     if path:
-        found = [k for k, v in inside.items() if isinstance(v, (str, Path)) and str(v) and path.startswith(str(v))]
+        found = [k for k, v in inside.items() if isinstance(v, (str, Path)) and str(v) and _within(path, str(v))]
     else:
         words = set(re.findall(r"\w+", text))
         words |= {word + "s" for word in words}  # "Invalid beta parameter" is of betas
@@ -259,6 +262,10 @@ def _setting(error: Exception, settings: dict[str, Any]) -> str | None:
         if not found:
             found = [k for k, v in inside.items() if len(str(v)) > 2 and _mentions(text, str(v))]
     return max(found, key=lambda k: (len(k.rsplit(".", 1)[-1]), k)) if found else part
+
+
+def _within(path: str, folder: str) -> bool:
+    return folder != "." and Path(path).absolute().is_relative_to(Path(folder).absolute())
 
 
 def _mentions(text: str, value: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -78,6 +79,25 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, line = ended(capsys, *command("ProtoNet", tmp_path / "file" / "runs"))
     assert code == 2 and str(tmp_path / "file") in line and "runs" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [(errno.ENOSPC, "No space left on device: free some space"), (errno.EROFS, "Read-only file system: make it")],
+)
+@pytest.mark.filterwarnings("ignore:could not write")
+def test_a_file_that_cannot_be_written_is_named(error, cure, capsys, tmp_path: Path, monkeypatch) -> None:
+    """Catches a full disk in the test that names no file, or the part of one, and no cure."""
+    main(command("ProtoNet", tmp_path, steps=2))
+
+    def full(descriptor: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, line = ended(capsys, *command("ProtoNet", tmp_path, "--stage", "test"))
+    assert code == 2
+    assert re.fullmatch(rf"error: {tmp_path}/protonet/results.json: {cure}.*, or give another --runs", line)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("content", [b"model: [a\n  b: {c\n", "name: x\n".encode("utf-16"), None])
