@@ -27,7 +27,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from app.cli.base_configs import with_bases
 from app.cli.failures import configuration, flat, one_line_errors, refusal, refuse_nulls
 from app.cli.precision import instead_of
-from app.cli.suggestions import Parser
+from app.cli.suggestions import Parser, command_line
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint
@@ -142,6 +142,7 @@ class MetaboltCLI(LightningCLI):
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        command_line.set(args)
         self.config = parser.parse_args(args)  # without Lightning's warning where a caller gives the arguments
         configuration.set(self.config)
         refuse_nulls(self.config)
