@@ -27,11 +27,11 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from app.cli.base_configs import config_files, with_bases
 from app.cli.failures import configuration, flat, one_line_errors, refusal, refuse_nulls
 from app.cli.precision import instead_of
-from app.cli.suggestions import Parser
+from app.cli.suggestions import Parser, command_line
 from app.dashboard.callback import Dashboard
 from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint, saved_at
-from app.runs.claim import release, shared_with_children
+from app.runs.claim import count, release, shared_with_children
 from app.runs.directory import RESULTS, choose_run, config_file
 from app.runs.leaks import KEY, as_tensor, of_backbones, refuse_leaks, trained_classes
 from app.runs.metrics_csv import MetricsCSV
@@ -144,6 +144,7 @@ class MetaboltCLI(LightningCLI):
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        command_line.set(args)
         self.config = parser.parse_args(args)  # without Lightning's warning where a caller gives the arguments
         configuration.set(self.config)
         refuse_nulls(self.config)
@@ -304,6 +305,13 @@ class MetaboltCLI(LightningCLI):
                 f"{type(self.model).__name__} takes several steps of its own in a meta-update, which the scaling of "
                 "gradients in half precision does not reach: give --trainer.precision bf16-mixed"
             )
+        tasks, size = self.datamodule.test_tasks, self.datamodule.eval_batch_size
+        limit = trainer.limit_test_batches
+        if self.setting("stage") != "validate" and int(limit if limit > 1 else -(-tasks // size) * limit) < 1:
+            raise ConfigError(
+                f"trainer.limit_test_batches is {limit}, which leaves no task for the meta-test that a run ends with: "
+                "leave it out, and give --data.init_args.test_tasks"
+            )
         if self.setting("stage") == "fit":
             if not self.learns:
                 raise ConfigError(f"{type(self.model).__name__} has nothing to train: evaluate it, with --stage test")
@@ -329,7 +337,8 @@ class MetaboltCLI(LightningCLI):
 
     def set_threads(self) -> None:
         """Share the cores among the processes of this machine; each alone would take them all."""
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or self.trainer.num_devices
+        started = "LOCAL_WORLD_SIZE" in os.environ
+        here = count(os.environ, "LOCAL_WORLD_SIZE") if started else self.trainer.num_devices
         if self.trainer.strategy.root_device.type == "cpu" and here > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
 
@@ -411,8 +420,7 @@ class RunFiles(pl.Callback):
         self.trained |= trained_classes(checkpoint)
         if trainer.state.fn != "fit":
             return
-        was, now = (yaml.safe_load(text) for text in (checkpoint["config"], self.config))
-        reconcile(trainer, pl_module, checkpoint, was, now)
+        reconcile(trainer, pl_module, checkpoint, yaml.safe_load(self.config))
 
 
 def program(*flags: str) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import itertools
 import linecache
+import os
 import re
 import sys
+import sysconfig
 import traceback
 import types
 import typing
@@ -40,6 +44,13 @@ _NO_MEMORY = re.compile(
 )
 # What a process hears whose peers in a distributed training are gone.
 _LOST = re.compile(r"gloo|NCCL|ProcessGroup|Connection (reset|closed) by (remote )?peer", re.IGNORECASE)
+# Whose code a file is: the project's, a library's, or else a user's own.
+_ROOT = Path(__file__).resolve().parents[2]
+_PROJECT = tuple(f"{_ROOT / part}{os.sep}" for part in ("app", "models", "datamodules", "benchmarks"))
+_LIBRARIES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}", sysconfig.get_path("stdlib") + os.sep)
+_LIGHTNING = ("pytorch_lightning", "lightning_fabric")
+# How the error of a process that loads data begins, before its traceback.
+_LOADING = re.compile(r"Caught \w+ in DataLoader worker process")
 # Of settings that say how long a run is, not how much of it is in memory at once.
 _LENGTHS = re.compile(r"seed|steps|epochs|(val|test)_tasks|interval|checkpoint_every|horizon")
 
@@ -73,10 +84,11 @@ def told(error: Exception, config: Any = None) -> tuple[str, int]:
     refused = refusal(error, config)
     if isinstance(refused, ConfigError):
         return str(refused), 2
-    frame = _frames(refused)[-1] if _frames(refused) else None
-    where = f" in {Path(frame[0].f_code.co_filename).name}:{frame[1]}" if frame else ""
-    text = f"{type(refused).__name__}{where}: {_line(str(refused))}"
-    return f"internal error ({text}): run again with --debug for the traceback, and please report it", 1
+    frames, name, text = _frames(refused), type(refused).__name__, _line(_said(refused))
+    if (whose := _users_own(refused)) is not None:
+        return f"{whose} raised {name}: {text}; --debug shows the traceback", 1
+    where = f" in {Path(frames[-1][0].f_code.co_filename).name}:{frames[-1][1]}" if frames else ""
+    return f"internal error ({name}{where}: {text}): run again with --debug for the traceback, and please report it", 1
 
 
 def refusal(error: Exception, config: Any = None) -> Exception:
@@ -93,7 +105,7 @@ def refusal(error: Exception, config: Any = None) -> Exception:
             break
         met.add(id(error))
     if isinstance(error, (ConfigError, DataError, DownloadError)):
-        return ConfigError(str(error))
+        return ConfigError(_said(error))
     if _lost_peer(error):
         return ConfigError(
             f"another process of this training ended, or is out of reach ({_line(str(error), 120)}): see what it says "
@@ -102,13 +114,15 @@ def refusal(error: Exception, config: Any = None) -> Exception:
     if not _mendable(error):
         return error
     settings = dict(flat(config)) if config is not None else {}
-    key, text = _setting(error, settings), _line(str(error)) or type(error).__name__
+    key, text = _setting(error, settings), _line(_said(error)) or type(error).__name__
     told = f"{key} is {_line(str(settings[key]), 60)}: " if key in settings else f"{key}: " if key else ""
     if isinstance(error, UnicodeError):
         text, cure = f"a file is not UTF-8 text ({text})", "save it as UTF-8"
     elif isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        text, cure = f"{place}{error.strerror or text}", "give another path, or make it usable"
+        told, text = "", f"{place}{error.strerror or text}"
+        first = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it usable"
+        cure = f"{first}, or give another {f'--{key}' if key in settings else 'path'}"
     elif _out_of_memory(error):
         told = f"{key} is {_line(str(settings[key]), 60)}: " if (key := _largest(settings)) else ""
         text, cure = f"not enough memory ({text})", "lower it" if key else "give smaller settings"
@@ -122,7 +136,7 @@ def refusal(error: Exception, config: Any = None) -> Exception:
 
 
 def _mendable(error: Exception) -> bool:
-    """Whether settings, files or the machine are the reason, and not an error in the program."""
+    """Whether settings, files or the machine are the reason, and not an error in the program or in a user's file."""
     frames = _frames(error)
     if isinstance(error, ImportError):
         return (error.name or "").split(".")[0] not in ("app", "models", "datamodules")
@@ -134,7 +148,9 @@ def _mendable(error: Exception) -> bool:
         return False
     deep = frames[-1][0].f_code.co_filename
     if isinstance(error, (ValueError, OverflowError)):
-        return True
+        # A library that a user's learner calls refuses what that computed; what a constructor passes on are settings.
+        computed = "site-packages" in deep and not any(frame.f_code.co_name == "__init__" for frame, _ in frames)
+        return not computed or _users_own(error) is None
     by_library = any(f"{part}/" in deep for part in ("pytorch_lightning", "lightning_fabric", "torch/optim"))
     state = "state_dict" in str(error) and isinstance(error, (RuntimeError, KeyError))
     return state or (by_library and isinstance(error, (RuntimeError, TypeError, KeyError, AttributeError)))
@@ -160,36 +176,69 @@ def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
     return list(traceback.walk_tb(error.__traceback__))
 
 
-def _refusing(frames: list[tuple[FrameType, int]]) -> bool:
-    """Whether a library's constructor, optimizer or scheduler fails by itself, with whatever error comes first.
+def _said(error: BaseException) -> str:
+    """What an error says, without the traceback of another process that loads data."""
+    text = str(error)
+    return text.rstrip().rsplit("\n", 1)[-1].partition(": ")[2] if _LOADING.match(text) else text
 
-    An optimizer also calls the training step, whose errors are not its own.
+
+def _users_own(error: BaseException) -> str | None:
+    """The file and line of a user's own learner or data that an error comes from; None where none is involved.
+
+    Where none of its lines runs, as in a backward pass, it is the class of the learner that does.
     """
+    frames = _frames(error)
+    files = [frame.f_code.co_filename for frame, _ in frames]
+    called = [file.startswith(_PROJECT) and file != __file__ for file in files]
+    frames = frames[called.index(True) :] if True in called else []  # what calls the project has done no wrong
+    places = [(frame.f_code.co_filename, line) for frame, line in frames]
+    places += re.findall(r'File "(.+)", line (\d+)', str(error)) if _LOADING.match(str(error)) else []
+    for file, line in reversed(places):
+        if _is_users(file):
+            return f"{Path(file).name}:{line}"
     for frame, _ in reversed(frames):
-        if "site-packages" not in frame.f_code.co_filename:
-            return False
-        if _built(frame) is not None:
-            return True
-    return False
+        if isinstance(made := frame.f_locals.get("self"), pl.LightningModule):
+            file = getattr(sys.modules.get(type(made).__module__), "__file__", None) or ""
+            if _is_users(file):
+                return f"{Path(file).name}:{inspect.getsourcelines(type(made))[1]} (class {type(made).__name__})"
+    return None
 
 
-def _built(frame: FrameType) -> type | None:
-    """The class that a constructor's frame builds, and which a configuration may name.
+def _is_users(file: str) -> bool:
+    return file.endswith(".py") and not file.startswith(_PROJECT) and not any(part in file for part in _LIBRARIES)
 
-    Of optimizers and schedulers any of their methods: they take settings as they are and fail when they use them.
+
+def _refusing(frames: list[tuple[FrameType, int]]) -> bool:
+    """Whether a library's constructor, optimizer or scheduler fails by itself, with whatever error comes first."""
+    outwards = [frame for frame, _ in reversed(frames)]
+    libraries = itertools.takewhile(lambda frame: "site-packages" in frame.f_code.co_filename, outwards)
+    return next(_built(list(libraries)), None) is not None
+
+
+def _built(outwards: list[FrameType]) -> Iterator[type]:
+    """The classes at fault for an error, which a configuration may name, the innermost first: those that a constructor
+    builds, and optimizers and schedulers, which take settings as they are and fail when they use them.
+
+    An optimizer also calls Lightning, for the training step and the backward pass, whose errors are not its own.
+
+    Args:
+        outwards: frames, the innermost first.
     """
-    made = frame.f_locals.get("self")
-    steps = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-    built = frame.f_code.co_name == "__init__" and isinstance(made, (pl.Trainer, pl.Callback, torch.nn.Module))
-    return type(made) if built or isinstance(made, steps) else None
+    called_back = False
+    for frame in outwards:
+        called_back |= any(f"/{library}/" in frame.f_code.co_filename for library in _LIGHTNING)
+        made = frame.f_locals.get("self")
+        if isinstance(made, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)):
+            if not called_back:
+                yield type(made)
+        elif frame.f_code.co_name == "__init__" and isinstance(made, (pl.Trainer, pl.Callback, torch.nn.Module)):
+            yield type(made)
 
 
 def _setting(error: Exception, settings: dict[str, Any]) -> str | None:
     """The key that an error speaks of, or the part of the configuration whose constructor raised it."""
     part = None
-    for frame, _ in reversed(_frames(error)):
-        if (built := _built(frame)) is None:
-            continue
+    for built in _built([frame for frame, _ in reversed(_frames(error))]):
         if issubclass(built, pl.Trainer):
             part = "trainer"
             break
@@ -202,7 +251,7 @@ def _setting(error: Exception, settings: dict[str, Any]) -> str | None:
     text = str(error)
     path = str(error.filename) if isinstance(error, OSError) and error.filename else None
     if path:
-        found = [k for k, v in inside.items() if isinstance(v, (str, Path)) and str(v) and path.startswith(str(v))]
+        found = [k for k, v in inside.items() if isinstance(v, (str, Path)) and str(v) and _within(path, str(v))]
     else:
         words = set(re.findall(r"\w+", text))
         words |= {word + "s" for word in words}  # "Invalid beta parameter" is of betas
@@ -215,8 +264,15 @@ def _setting(error: Exception, settings: dict[str, Any]) -> str | None:
     return max(found, key=lambda k: (len(k.rsplit(".", 1)[-1]), k)) if found else part
 
 
+def _within(path: str, folder: str) -> bool:
+    return folder != "." and Path(path).absolute().is_relative_to(Path(folder).absolute())
+
+
 def _mentions(text: str, value: str) -> bool:
-    return value not in ("None", "True", "False") and bool(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text))
+    """Whether a text speaks of a value: as a whole word, and of a number not as a part of another, or of an address."""
+    return value not in ("None", "True", "False") and bool(
+        re.search(rf"(?<![\w.-]){re.escape(value)}(?!\w|\.\d)", text)
+    )
 
 
 def _largest(settings: dict[str, Any]) -> str | None:

@@ -182,8 +182,6 @@ def other_data(given: str, config: dict[str, Any]) -> dict[str, Any]:
         data = content.get("data", content)
         if not isinstance(data, dict) or not isinstance(data.get("class_path"), str):
             raise ConfigError(f"{given} names no data set: give it a class_path, and settings in init_args")
-        if not isinstance(data.get("init_args") or {}, dict):
-            raise ConfigError(f"the init_args of {given} are {data['init_args']!r}: give settings, each by its name")
     if find_class(data["class_path"]) is None:
         near = difflib.get_close_matches(data["class_path"], [f"datamodules.{c.__name__}" for c in DATA], 1, 0.4)
         raise ConfigError(f"unknown class {data['class_path']!r}" + (f": did you mean {near[0]!r}?" if near else ""))

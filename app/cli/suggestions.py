@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import re
 import sys
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 
 import datamodules
 import models
+from app.cli.failures import flat
 from models.generative.adversary import GAN
+
+# The arguments of the command that runs: the parser tells the last part of a key alone.
+command_line: ContextVar[Sequence[str]] = ContextVar("command_line", default=())
+
+# Parts of a configuration that are classes, whose settings may be given with or without init_args.
+CLASSES = ("model", "data", "backbone", "network", "optimizer", "scheduler")
 
 _UNKNOWN_CLASS = re.compile(
     r"Expected a dot import path string: (?P<short>[A-Za-z_]\w*)(?= |$)"
     r"|module '(?P<module>(?:torch|pytorch_lightning|models|datamodules)[\w.]*)' has no attribute '(?P<name>\w+)'"
+)
+_NO_MODULE = re.compile(r"No module named '(?P<missing>[\w.]+)'")
+_NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<missing>\w+)'")
+_CLASS = re.compile(r"given class_path '(?P<path>[\w.]+)'|Got value: (?P<value>[\w.]+)$")
+_KEY = re.compile(r'Parser key "(?P<key>[\w.]+)":')
+_WRONG_TYPE = re.compile(
+    r'Parser key "(?P<key>[\w.]+)": Expected an? (?P<type>typing\.Literal\[.*?\]|<class .*?>)\. '
+    r"Got value: (?P<value>.*)"
+)
+_OUT_OF_RANGE = re.compile(
+    r'Parser key "(?P<key>[\w.]+)": Not of type \w+: (?P<value>\S+) does not conform to restriction v>=(?P<least>\S+)'
 )
 _NO_TYPE_FITS = re.compile(
     r'Parser key "(?P<key>[\w.]+)":.*?Does not validate against any of the Union subtypes Subtypes: .*? '
@@ -86,6 +109,10 @@ def explain(parser: LightningArgumentParser, message: str) -> str:
         1
     ]:
         return f"{found[1]} is no Backbone: give --model.backbone models.Network --model.backbone.network {found[1]}"
+    if found := re.search(r"the following arguments are required: (.+)", text):
+        return _needs(parser, found[1].split(", "))
+    if (wrong := _not_imported(text)) is not None:
+        return wrong
     names = valid_names(parser)
     if found := re.search(r"unrecognized arguments: --([\w.]+)", text):
         near = difflib.get_close_matches(found[1], names, 1, 0.7)
@@ -98,8 +125,110 @@ def explain(parser: LightningArgumentParser, message: str) -> str:
         by_leaf = {n.rsplit(".", 1)[-1]: n for n in sorted(inside, key=lambda n: n.count("."))}
         near = difflib.get_close_matches(found["key"].rsplit(".", 1)[-1], list(by_leaf), 1, 0.5)
         return f"unknown key {found['key']!r}" + (f": did you mean {by_leaf[near[0]]!r}?" if near else "")
+    if found := re.search(r"Parser key \"(?P<key>[\w.]+)\": Unable to load config '(?P<value>.*?)' -", text):
+        return f"{found['key']} is {found['value']!r}, which is no configuration: give settings, or a YAML file of them"
+    if found := _WRONG_TYPE.search(text):
+        return _is_but(found["key"], found["value"], _types([found["type"]]))
+    if found := _OUT_OF_RANGE.search(text):
+        return _is_but(found["key"], found["value"], f"at least {found['least']}")
     if found := _NO_TYPE_FITS.search(text):
-        wanted = "; or ".join(dict.fromkeys(part.strip("- ") for part in f" {found['errors']}".split(" - ") if part))
+        wanted = list(dict.fromkeys(part.strip("- ") for part in f" {found['errors']}".split(" - ") if part))
+        types = [of[1] for part in wanted if (of := re.fullmatch(r"Expected (?:an? )?(typing\.Literal.*|<.*)", part))]
+        if types and all(part.startswith("Expected ") for part in wanted):
+            return _is_but(found["key"], found["value"], _types(types))
         value = re.sub(r"^NestedArg\(key='(\w+)', val=(.*)\)$", r"\1 \2", found["value"])  # the parser's own word
-        text = f"{found['key']} is {value}: {wanted}"
+        text = f"{_whole_key(found['key'])} is {value}: {'; or '.join(p for p in wanted if 'NoneType' not in p)}"
     return text if len(text) <= 300 else text[:300] + " …"
+
+
+def _is_but(key: str, value: str, wanted: str) -> str:
+    shown = repr(value) if len(value) <= 100 else repr(value[:100] + " …")
+    return f"{_whole_key(key, value)} is {shown} but must be {wanted}"
+
+
+def _types(written: list[str]) -> str:
+    """Types as people say them, from how the parser writes them."""
+    choices, names = [], []
+    for one in written:
+        if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", one):
+            choices += literal[1].replace("'", "").split(", ")
+        else:
+            name = re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", one)
+            names.append("null" if name == "NoneType" else name)
+    return " or ".join((["one of " + ", ".join(dict.fromkeys(choices))] if choices else []) + names)
+
+
+def _not_imported(text: str) -> str | None:
+    """What to do about a class that cannot be imported; None where the message speaks of something else."""
+    key, named = _KEY.search(text), _CLASS.search(text)
+    if key is None or named is None:
+        return None
+    path = named["path"] or named["value"]
+    place = f"{_whole_key(key['key'], path)} is {path}, but"
+    if found := _NO_MODULE.search(text):
+        missing = found["missing"]
+        if path == missing or path.startswith(missing + "."):
+            return f"{place} there is no module {missing}: run from the folder that holds it, or add that to PYTHONPATH"
+        return f"{place} its file imports {missing}, which is not there: install it, or add its folder to PYTHONPATH"
+    if found := _NO_ATTRIBUTE.search(text):
+        return f"{place} the module {found['module']} has no {found['missing']}: correct the name"
+    if re.search(r"object has no attribute 'keys'", text):
+        whole = _whole_key(key["key"])
+        return f"{whole}.init_args holds no settings: give it keys and values, or leave it out"
+    return None
+
+
+def _needs(parser: LightningArgumentParser, missing: list[str]) -> str:
+    """What to give for settings without a default, of which an inner parser names the last part alone."""
+    if parts := [name for name in ("model", "data") if name in missing]:
+        flags = {"model": "--model, as models.ProtoNet", "data": "--data, as datamodules.Omniglot"}
+        return f"no {' and no '.join(parts)} given: give {' and '.join(flags[p] for p in parts)}, or a --config"
+    name = missing[0]
+    owner = _owner(parser, name)
+    flag = f"--{owner}.{name}" if owner else f"its {name}"
+    example = ", as models.Conv4" if name == "backbone" else ""
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{owner or 'a class'} needs {article} {name}: give {flag}{example}"
+
+
+def _owner(parser: LightningArgumentParser, name: str) -> str | None:
+    """The part of the configuration whose class has a setting without a default, without its ``init_args``."""
+    given = {key.removesuffix(".class_path"): value for key, value in _given(command_line.get())}
+    for part in ("model", "data"):
+        module, _, kind = str(given.get(part)).rpartition(".")
+        homes = [sys.modules.get(module)] if module else [models, datamodules]
+        found = next((cls for home in homes if inspect.isclass(cls := getattr(home, kind, None))), None)
+        for base in inspect.getmro(found) if found else ():
+            parameter = inspect.signature(base.__init__).parameters.get(name)
+            if parameter is not None and parameter.default is parameter.empty:
+                return part
+    inside = sorted((n for n in valid_names(parser) if n.endswith(f".init_args.{name}")), key=lambda n: n.count("."))
+    return inside[0].removesuffix(f".{name}").replace(".init_args", "") if inside else None
+
+
+def _whole_key(key: str, value: str | None = None) -> str:
+    """The dotted key of a setting, of which an inner parser names the last part alone; as named where it is unknown."""
+    if "." in key:
+        return key
+    named = [(path, str(of)) for path, of in _given(command_line.get()) if path.rpartition(".")[2] == key]
+    paths = [path for path, of in named if of == value] or [path for path, _ in named]
+    if not paths:
+        return key
+    return re.sub(
+        r"\b(model|data|backbone|network|optimizer|scheduler)\.(?!init_args|class_path)", r"\1.init_args.", paths[-1]
+    )
+
+
+def _given(args: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a command line and of the configurations that it names."""
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if not flag.startswith("--"):
+            continue
+        value = value if equals else args[i + 1] if i + 1 < len(args) else ""
+        if flag != "--config":
+            yield flag.removeprefix("--"), value
+            continue
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            content = yaml.safe_load(Path(value).read_text() if len(value) < 1000 and Path(value).is_file() else value)
+            yield from flat(content) if isinstance(content, dict) else ()

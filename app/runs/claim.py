@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from datamodules.core.errors import ConfigError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -66,15 +68,27 @@ def _token(env: Mapping[str, str]) -> str:
     """
     if VARIABLE in env:
         return env[VARIABLE]
-    if "TORCHELASTIC_RUN_ID" in env and int(env.get("WORLD_SIZE", 1)) > 1:
-        if int(env.get("GROUP_WORLD_SIZE", 1)) > 1:  # several machines meet at one address
+    if "TORCHELASTIC_RUN_ID" in env and count(env, "WORLD_SIZE") > 1:
+        if count(env, "GROUP_WORLD_SIZE") > 1:  # several machines meet at one address
             return "-".join([env["TORCHELASTIC_RUN_ID"], env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", "")])
         return f"{socket.gethostname()}-{os.getppid()}-{_born(os.getppid())}"  # the torchrun that started them
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_STEP_ID" in env:  # of srun, not of the allocation
+    if count(env, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_STEP_ID" in env:  # of srun, not of the allocation
         return f"{env.get('SLURM_JOB_ID')}-{env['SLURM_STEP_ID']}"
     if "MASTER_ADDR" in env and ("NODE_RANK" in env or "GROUP_RANK" in env):  # started by hand, one on each machine
         return f"{env['MASTER_ADDR']}-{env.get('MASTER_PORT', '')}"
     return secrets.token_hex(8)
+
+
+def count(env: Mapping[str, str], variable: str) -> int:
+    """How many processes or machines a variable of the environment says that there are; 1 where it is not set.
+
+    Raises:
+        ConfigError: it is no number of them.
+    """
+    text = env.get(variable, "1")
+    if not text.isdecimal():
+        raise ConfigError(f"the environment has {variable}={text!r}, which is no number: correct or unset it")
+    return int(text)
 
 
 def _born(pid: int) -> int:

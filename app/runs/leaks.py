@@ -16,9 +16,19 @@ KEY = "trained_classes"  # of a checkpoint
 
 
 def trained_classes(checkpoint: Any) -> frozenset[int]:
-    """Digests of the classes that a checkpoint's weights were trained on, its backbone's included; empty if unknown."""
+    """Digests of the classes that a checkpoint's weights were trained on, its backbone's included; empty if unknown.
+
+    Raises:
+        ConfigError: what stands there are none.
+    """
     known = checkpoint.get(KEY)
-    return frozenset() if known is None else frozenset(known.tolist())
+    if known is None:
+        return frozenset()
+    if not isinstance(known, torch.Tensor) or known.dim() != 1 or known.dtype != torch.int64:
+        raise ConfigError(
+            f"the checkpoint's {KEY} are no list of classes ({type(known).__name__}): give a checkpoint of train.py"
+        )
+    return frozenset(known.tolist())
 
 
 def of_backbones(learner: nn.Module) -> frozenset[int]:

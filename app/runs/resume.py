@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from app.runs.checkpoints import BestCheckpoint
 from datamodules.core.errors import ConfigError
+from models.core.from_checkpoint import configuration_of
 
 # What of the data's settings does not touch the meta-validation tasks.
 NOT_OF_VALIDATION = frozenset(
@@ -21,18 +25,27 @@ NOT_OF_VALIDATION = frozenset(
 )
 
 
-def reconcile(trainer: pl.Trainer, learner: Any, checkpoint: dict[str, Any], was: Any, now: Any) -> None:
+# Without which a training would begin anew from the weights.
+STATE = ("optimizer_states", "lr_schedulers", "loops")
+
+
+def reconcile(trainer: pl.Trainer, learner: Any, checkpoint: dict[str, Any], now: Any) -> None:
     """Make a checkpoint one that the run can go on from as its configuration says: hyperparameters and schedules are
     the configuration's, moments, weights and counters the checkpoint's.
 
     Args:
         trainer, learner: of the run, before its optimizers are set up.
         checkpoint: changed in place.
-        was, now: configurations of the checkpoint and of the run.
+        now: the configuration of the run.
 
     Raises:
-        ConfigError: what would go on as another training than it looks like.
+        ConfigError: what would go on as another training than it looks like; no whole checkpoint of a training.
     """
+    path = trainer.ckpt_path
+    was = configuration_of(checkpoint.get("config"), path)
+    missing = [name for name in STATE if name not in checkpoint] + ["data"] * ("data" not in was)
+    if missing:
+        raise ConfigError(f"{path} has no {missing[0]} to go on with: give one of train.py, or start a new run")
     refuse_another_stream(was, now)
     of_model = [(c["model"].get("init_args") or {}) for c in (was, now)]
     one, other = ((part.get("optimizer") or {}).get("class_path") for part in of_model)
@@ -74,6 +87,9 @@ def follow_configuration(learner: Any, checkpoint: dict[str, Any]) -> None:
     """Give the checkpoint's optimizer the configuration's hyperparameters, and a schedule that has come as far.
 
     The schedule is stepped from its beginning, so that it is where it would be had it been there all along.
+
+    Raises:
+        ConfigError: the hyperparameters ask for moments that the checkpoint does not have.
     """
     made = learner.configure_optimizers()
     optimizer = made["optimizer"] if isinstance(made, dict) else made
@@ -94,10 +110,30 @@ def follow_configuration(learner: Any, checkpoint: dict[str, Any]) -> None:
     else:
         checkpoint["lr_schedulers"] = []
     (state,) = checkpoint["optimizer_states"]
+    kept = {name for moments in state["state"].values() for name in moments}
+    if kept and (missing := sorted(moments_of(optimizer) - kept)):
+        raise ConfigError(
+            f"the run's state of {type(optimizer).__name__} has no {missing[0]}, which its settings ask for now: leave "
+            "--model.init_args.optimizer as it was, or start a new run"
+        )
     fresh = optimizer.state_dict()["param_groups"]
     state["param_groups"] = [
         new | {"params": old["params"]} for new, old in zip(fresh, state["param_groups"], strict=True)
     ]
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> set[str]:
+    """Names of what an optimizer keeps for a parameter, by a step of another that is made as it is; none where that
+    takes no such step."""
+    trial, parameter = copy.copy(optimizer), torch.nn.Parameter(torch.zeros(1, 1))
+    trial.state = defaultdict(dict)
+    trial.param_groups = [group | {"params": [parameter]} for group in optimizer.param_groups[:1]]
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        trial.step()
+    except Exception:  # told where the training itself takes one
+        return set()
+    return set(trial.state[parameter])
 
 
 def cosine_shorter_than(scheduler: Any, steps: int) -> int | None:

@@ -20,6 +20,12 @@ from datamodules.core.files import write_atomically
 
 CHECKPOINTS = "checkpoints"  # folder of a run
 
+VERSION = "pytorch-lightning_version"
+# What Lightning leaves in a checkpoint beside the weights, and of what type each part is.
+PARTS = {
+    **{"global_step": int, "epoch": int, VERSION: str, "loops": dict, "callbacks": dict},
+    **{"optimizer_states": list, "lr_schedulers": list},
+}
 
 # A checkpoint is a zip archive, at whose end there may be a comment: torch passes over it.
 _SEAL = b"metabolt sha256 "
@@ -61,6 +67,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # As Lightning's own: what a GPU wrote loads where there is none, and the strategy moves it on.
         content = load_checkpoint(path, "cpu" if map_location is None else map_location)
         refuse_foreign(content, path)
+        if VERSION not in content:
+            raise ConfigError(f"{path} is not a checkpoint of a run (it holds no {VERSION}): give another file")
         return content
 
 
@@ -148,6 +156,12 @@ def refuse_foreign(content: Any, path: str | Path) -> None:
     """
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ConfigError(f"{path} is not a checkpoint of a run (it holds no state_dict): give another file")
+    for part, kind in PARTS.items():
+        if part in content and not isinstance(content[part], kind):
+            found = type(content[part]).__name__
+            raise ConfigError(
+                f"{path} is not a checkpoint of a run (its {part} is {found}, not {kind.__name__}): give another file"
+            )
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

@@ -287,7 +287,7 @@ def test_settings_that_cannot_be(runs: Path, tmp_path: Path, capsys) -> None:
         (["--data", "..x"], "unknown class '..x'"),
         (["--data", "models.MAML"], "subclass of EpisodicDataModule"),
         (["--data", str(tmp_path / "number.yaml")], "give it a class_path"),
-        (["--data", str(tmp_path / "list.yaml")], "each by its name"),
+        (["--data", str(tmp_path / "list.yaml")], "give it settings"),
         (["--out", ""], "argument --out: it is empty"),
         (["--out", str(runs / "protonet")], "give another --out"),
         (["--out", str(tmp_path / "file")], "give --out a folder"),

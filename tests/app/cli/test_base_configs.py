@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
-from app.cli.base_configs import over, whole, with_bases
+from app.cli.base_configs import load, over, whole, with_bases
 from datamodules.core.errors import ConfigError
 from tests.support.processes import ROOT, build
 
@@ -59,6 +60,47 @@ def test_what_is_wrong_with_a_base_names_the_file(files: dict, what: str, tmp_pa
         main(["--config", str(tmp_path / "a.yaml")])
     assert stopped.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("trainer: null", "trainer is null in a.yaml: give it settings"),
+        ("trainer: [1]", r"trainer is \[1\] in a.yaml: give it settings"),
+        ("model:", "model is null in a.yaml: give it a class_path"),
+        ("data: {class_path: x, init_args: }", "data.init_args is null in a.yaml: give it settings"),
+        ("x: [{init_args: [1]}]", r"x.0.init_args is \[1\] in a.yaml"),
+        ("a: &a [*a]", "a.0 in a.yaml holds itself"),
+        ("a: " + "[" * 3000 + "]" * 3000, "a.yaml holds too many values inside one another"),
+        ("", "a.yaml is empty"),
+        ("# nothing", "a.yaml is empty"),
+        ("a text", "a.yaml is no configuration"),
+        ("name: x\ntrainer:\n  max_steps: 1\n  max_steps: 2\n", "a.yaml gives max_steps twice, again in line 4"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_a_configuration_cannot_hold_names_file_and_key(content: str, what: str, tmp_path: Path, monkeypatch):
+    """Catches an error of the program, or settings of which the last wins, for what a user wrote into a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=what):
+        with_bases(["--config", "a.yaml"])
+    with pytest.raises(ConfigError, match=what):
+        with_bases(["--config=a.yaml"])
+
+
+def test_a_merge_may_repeat_what_it_overrides(tmp_path: Path):
+    """Catches a key that is refused as given twice, once of its own and once by way of an alias."""
+    path = tmp_path / "a.yaml"
+    path.write_text("a: &a {x: 1}\nb: &b {<<: *a, x: 2, y: 3}\nc: {<<: *b, x: 4}\nd: [*b, *b]\n")
+    assert load(path)["c"] == {"x": 4, "y": 3}
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    """Catches a command that hangs on a configuration that nobody writes."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is no regular file"):
+        with_bases(["--config", str(tmp_path / "pipe")])
 
 
 def test_flags_and_files_without_a_base_stay_as_they_are(tmp_path: Path):

@@ -70,6 +70,8 @@ def test_unknown_key_in_a_file_names_the_nearest(capsys, tmp_path):
         (("--checkpoint_every", "0"), "checkpoint_every is 0"),
         (("--trainer.accumulate_grad_batches", "4"), "multiple of 4"),
         (("--trainer.max_steps", "-1"), "--trainer.max_steps"),
+        (("--trainer.limit_test_batches", "0"), "trainer.limit_test_batches is 0"),
+        (("--trainer.limit_test_batches", "0.1"), "trainer.limit_test_batches is 0.1"),  # of 3 meta-batches
         (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
         (("--stage", "test", "--ckpt_path", "best"), "train first"),
         (("--data", "datamodules.Linear", "--model", "models.ProtoNet"), "ProtoNet learns classification"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import models
 from app.cli.builder import main
-from app.cli.failures import one_line_errors
+from app.cli.failures import one_line_errors, refusal
 from app.evaluate import main as evaluate
 from app.predict import main as predict
+from datamodules.core.episodes import TaskDistribution
 from datamodules.core.errors import ConfigError, DataError
 from models import ProtoNet
 from models.core.checkpoint_io import load_checkpoint
-from tests.support.toy import command
+from tests.support.toy import ToyImages, command
 
 
 def ended(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
@@ -78,6 +81,25 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path: Path) -> None:
     assert code == 2 and str(tmp_path / "file") in line and "runs" in line
 
 
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [(errno.ENOSPC, "No space left on device: free some space"), (errno.EROFS, "Read-only file system: make it")],
+)
+@pytest.mark.filterwarnings("ignore:could not write")
+def test_a_file_that_cannot_be_written_is_named(error, cure, capsys, tmp_path: Path, monkeypatch) -> None:
+    """Catches a full disk in the test that names no file, or the part of one, and no cure."""
+    main(command("ProtoNet", tmp_path, steps=2))
+
+    def full(descriptor: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, line = ended(capsys, *command("ProtoNet", tmp_path, "--stage", "test"))
+    assert code == 2
+    assert re.fullmatch(rf"error: {tmp_path}/protonet/results.json: {cure}.*, or give another --runs", line)
+    assert not list(tmp_path.rglob("*.part"))
+
+
 @pytest.mark.parametrize("content", [b"model: [a\n  b: {c\n", "name: x\n".encode("utf-16"), None])
 def test_which_configuration_is_wrong(content: bytes | None, capsys, tmp_path: Path) -> None:
     """Several --config files, one of which is no YAML, no UTF-8 or a dead link, and no word about which."""
@@ -88,23 +110,92 @@ def test_which_configuration_is_wrong(content: bytes | None, capsys, tmp_path: P
     assert code == 2 and "bad.yaml" in line
 
 
+def test_an_error_of_the_program_is_visible_as_one(capsys, tmp_path: Path, monkeypatch) -> None:
+    """An error of the program that passes for one of the user's, or that cannot be found."""
+    monkeypatch.setattr(ProtoNet, "summarize", None)
+    args = command("ProtoNet", tmp_path)
+    code, line = ended(capsys, *args)
+    assert code == 1
+    assert line.startswith("error: internal error (TypeError in ") and "--debug" in line
+    with pytest.raises(SystemExit):
+        main([*args, "--debug"])
+    assert "Traceback" in (said := capsys.readouterr().err) and "self.summarize(" in said
+    assert said.splitlines()[-1] == line
+
+
 class Broken(ProtoNet):
-    """Has an error of its own."""
+    """Has an error of its own, as a user's learner may."""
 
     def loss(self, prediction, target):
         return {}["nothing"]
 
 
-def test_an_error_of_the_program_is_visible_as_one(capsys, tmp_path: Path) -> None:
-    """An error of the program that passes for one of the user's, or that cannot be found."""
-    args = [*command("ProtoNet", tmp_path), "--model", f"{__name__}.Broken"]
-    code, line = ended(capsys, *args)
-    assert code == 1
-    assert line.startswith("error: internal error (KeyError in test_failures.py:") and "--debug" in line
-    with pytest.raises(SystemExit):
-        main([*args, "--debug"])
-    assert "Traceback" in (said := capsys.readouterr().err) and 'return {}["nothing"]' in said
-    assert said.splitlines()[-1] == line
+class Detached(ProtoNet):
+    """Has nothing to go backwards from."""
+
+    def compare(self, summary, z):
+        return super().compare(summary, z).detach()
+
+
+class Floating(ProtoNet):
+    """Has an objective that is no tensor."""
+
+    def loss(self, prediction, target):
+        return 0.5
+
+
+class Mismatched(ProtoNet):
+    """Calls a library with what does not fit."""
+
+    def compare(self, summary, z):
+        return torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+class BrokenTasks(ToyImages):
+    """Has an error of its own, as a user's data may; in another process with workers."""
+
+    def distribution(self, split):
+        return BrokenDistribution() if split == "train" else super().distribution(split)
+
+
+class BrokenDistribution(TaskDistribution):
+    """Gives one task, by which it is seen whether it fits."""
+
+    def sample(self, indices):
+        if len(indices) == 1:
+            return ToyImages(ways=3, queries=2).distribution("train").sample(indices)
+        return {}["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "place", "words"),
+    [
+        (("--model", "Broken"), 'return {}["nothing"]', "KeyError: 'nothing'"),
+        (("--model", "Detached"), "class Detached", "RuntimeError: element 0 of tensors does not require grad"),
+        (("--model", "Floating", "--model.chunk", "4"), "class Floating", "ValueError: vmap(one, ...)"),
+        (("--model", "Mismatched"), "torch.zeros(2, 3) @", "RuntimeError: mat1 and mat2"),
+        (("--data", "BrokenTasks"), 'return {}["nothing"]', "KeyError: 'nothing'"),
+        (("--data", "BrokenTasks", "--data.workers", "1"), 'return {}["nothing"]', "KeyError: 'nothing'"),
+    ],
+    ids=lambda value: value[1] + "-".join(value[2:]) if isinstance(value, tuple) else "",
+)
+def test_an_error_in_a_users_own_file_is_told_with_its_place(flags, place, words, capsys, tmp_path: Path) -> None:
+    """Catches a mistake in a user's learner or data that is put down to the optimizer's settings or to the program."""
+    flags = (flags[0], f"{__name__}.{flags[1]}", *flags[2:])
+    code, line = ended(capsys, *command("ProtoNet", tmp_path), *flags)
+    number = int(re.search(r"error: test_failures.py:(\d+)", line)[1])
+    assert code == 1 and place in Path(__file__).read_text().splitlines()[number - 1]
+    assert f"raised {words}" in line and line.endswith("; --debug shows the traceback")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("no answer from 127.0.0.1:80", False), ("1.0.0 or -0.0 or 0.05", False), ("got 0.0, or [0.0].", True)],
+)
+def test_a_number_is_not_found_inside_another(text: str, named: bool) -> None:
+    """Catches an address, or a longer number, that is taken for a setting's value."""
+    told = str(refusal(MisconfigurationException(text), {"model": {"init_args": {"dropout": 0.0}}}))
+    assert ("dropout" in told) == named
 
 
 def test_debug_shows_where_a_setting_is_refused_and_is_not_kept(capsys, tmp_path: Path) -> None:
@@ -234,6 +325,9 @@ DAMAGES = {
     "no tensors": lambda c: c | {"state_dict": None},
     "no state": lambda c: {k: v for k, v in c.items() if k != "state_dict"},
     "a list of all": lambda c: [c],
+    "step a text": lambda c: c | {"global_step": "x"},
+    "loops a text": lambda c: c | {"loops": "x"},
+    "no callbacks": lambda c: c | {"callbacks": None},
 }
 
 
@@ -257,14 +351,8 @@ def test_foreign_and_damaged_configurations_are_one_line(damage, tmp_path, monke
     }
     capsys.readouterr()
     for which, run in commands.items():
-        # A resume heeds the command line, not the checkpoint's configuration.
-        if which == "resume" and damage not in (
-            "another shape",
-            "fewer tensors",
-            "no tensors",
-            "no state",
-            "a list of all",
-        ):
+        # A resume builds what the command line says, not the checkpoint's configuration.
+        if which == "resume" and damage in ("another learner", "unknown learner", "unknown data"):
             continue
         if which == "load":
             if damage != "unknown data":
@@ -278,3 +366,24 @@ def test_foreign_and_damaged_configurations_are_one_line(damage, tmp_path, monke
         assert stopped.value.code == 2, (which, said)
         assert said[-1].startswith("error: ") and not any("Traceback" in line for line in said), (which, said)
     assert not (tmp_path / "executed").exists()
+
+
+LACKS = {
+    "trained_classes are no list": ("fit", "test", lambda c: c | {"trained_classes": [1]}),
+    "trained_classes are no list of": ("fit", "test", lambda c: c | {"trained_classes": torch.zeros(2, 2)}),
+    "no pytorch-lightning_version": ("fit", "test", lambda c: c.pop("pytorch-lightning_version") and c),
+    "no optimizer_states": ("fit", lambda c: c.pop("optimizer_states") and c),
+    "no loops": ("fit", lambda c: c.pop("loops") and c),
+}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_a_checkpoint_that_lacks_what_a_run_needs_is_one_line(lack, tmp_path, capsys):
+    """Catches an error of the program, or a training that begins anew from the weights, for an edited checkpoint."""
+    main(command("ProtoNet", tmp_path, steps=2))
+    *stages, damage = LACKS[lack]
+    torch.save(damage(load_checkpoint(tmp_path / "protonet" / "checkpoints" / "last.ckpt")), tmp_path / "x.ckpt")
+    for stage in stages:
+        flags = ("--ckpt_path", str(tmp_path / "x.ckpt"), "--stage", stage)
+        code, line = ended(capsys, *command("ProtoNet", tmp_path, *flags, steps=4))
+        assert code == 2 and lack in line

@@ -82,6 +82,27 @@ def test_processes_agree_where_they_train_together(env, one):
     assert (claim._token(env) == claim._token(env)) == one
 
 
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"WORLD_SIZE": "abc", "TORCHELASTIC_RUN_ID": "x"},
+        TORCHRUN | {"GROUP_WORLD_SIZE": "-1"},
+        {"SLURM_STEP_NUM_TASKS": "x"},
+        {"LOCAL_WORLD_SIZE": "zz"},
+    ],
+)
+def test_an_environment_that_counts_no_processes_is_told(env, tmp_path, monkeypatch, capsys):
+    """Catches an error of the program for a variable that was set by hand."""
+    claim.Start.own.cache_clear()
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        main(command("ProtoNet", tmp_path, steps=2))
+    name = next(name for name in reversed(env) if name != "TORCHELASTIC_RUN_ID")
+    assert stopped.value.code == 2
+    assert f"the environment has {name}={env[name]!r}, which is no number" in capsys.readouterr().err
+
+
 def test_torchruns_of_two_machines_are_two_starts(monkeypatch):
     """Catches two runs that share a folder because their torchruns have the same defaults."""
     here, across = claim._token(TORCHRUN), claim._token(MACHINES)

@@ -103,6 +103,30 @@ def test_a_run_does_not_go_on_with_another_optimizer(tmp_path, capsys):
     assert "the state of torch.optim.Adam, with which torch.optim.SGD cannot go on" in error
 
 
+ADAM = ("--model.optimizer", "torch.optim.Adam", "--model.optimizer.amsgrad")
+PROP = ("--model.optimizer", "torch.optim.RMSprop", "--model.optimizer.centered")
+
+
+@pytest.mark.parametrize(("optimizer", "moment"), [(ADAM, "max_exp_avg_sq"), (PROP, "grad_avg")])
+def test_settings_that_need_moments_of_their_own_are_refused(optimizer, moment, tmp_path, capsys):
+    """Catches a bare name of what is missing, told after the data were read."""
+    main(command("MAML", tmp_path, *optimizer, "true", steps=2))
+    main(command("MAML", tmp_path, *optimizer, "false", "--ckpt_path", "last", steps=4))  # fewer do
+    main(command("MAML", tmp_path / "other", *optimizer, "false", steps=2))
+    with pytest.raises(SystemExit) as stopped:
+        main(command("MAML", tmp_path / "other", *optimizer, "true", "--ckpt_path", "last", steps=4))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"has no {moment}, which its settings ask for now: leave" in error
+
+
+def test_momentum_may_come_and_go(tmp_path):
+    """Catches a resume that is refused though the optimizer makes by itself what it has not."""
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.momentum")
+    for steps, momentum in ((2, "0"), (4, "0.9"), (6, "0")):
+        main(command("MAML", tmp_path, *sgd, momentum, "--ckpt_path", "last", steps=steps))
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
     """Catches a training that goes on for hours with weights that are lost, and saves them over the good ones."""
     diverging = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e20", "--checkpoint_every", "1")
