@@ -43,6 +43,7 @@ from app.runs.stopwatch import Stopwatch
 from datamodules.core.base import NETWORK_SETTINGS, EpisodicDataModule
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
+from datamodules.core.metric import Metric
 from models.core.checkpoint_io import CHECKPOINTS, AtomicCheckpointIO, load_checkpoint
 from models.core.learner import MetaLearner
 from models.core.metrics import as_results
@@ -202,9 +203,7 @@ class MetaboltCLI(LightningCLI):
             )
         stage = self.setting("stage")
         self.run_dir, self.ckpt_path = self.choose_folder(stage)
-        kind = KINDS[data.kind]
-        headline = kind.metrics[kind.headline]
-        selecting, better = self.selecting_metric()
+        selecting, metric = self.selecting_metric()
         trainer_settings = self._get(self.config_init, "trainer")
         devices, most = str(trainer_settings.get("devices")), 1024
         if devices.isdecimal() and int(devices) > most:  # Lightning makes a list of them first
@@ -215,12 +214,12 @@ class MetaboltCLI(LightningCLI):
         given = as_list(trainer_settings.get("callbacks"))
         own_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if trainer_settings.get("enable_progress_bar") is not False and not own_bar:
-            own.append(TaskProgress(kind.headline, headline))
+            own.append(TaskProgress(selecting, metric))
         if stage == "fit" and not trainer_settings.get("fast_dev_run"):
             folder = self.run_dir / CHECKPOINTS
             own.append(self.stopwatch)
             if trainer_settings.get("limit_val_batches") != 0 and data.selects:
-                own.append(BestCheckpoint(folder, f"val/{selecting}", better))
+                own.append(BestCheckpoint(folder, f"val/{selecting}", metric.better))
             # After all others: what it saves has the state that a validation left them in.
             own.append(LastCheckpoint(folder, self.setting("checkpoint_every")))
         plugins = as_list(trainer_settings.get("plugins"))
@@ -247,8 +246,8 @@ class MetaboltCLI(LightningCLI):
         self._check(trainer)
         return trainer
 
-    def selecting_metric(self) -> tuple[str, str]:
-        """What meta-validation chooses the best checkpoint by, and whether higher or lower is better.
+    def selecting_metric(self) -> tuple[str, Metric]:
+        """What meta-validation chooses the best checkpoint by, and progress shows.
 
         Raises:
             ConfigError: it is none that is measured, or none is better.
@@ -259,7 +258,7 @@ class MetaboltCLI(LightningCLI):
         name = self.setting("select") or learner.selects_by or KINDS[data.kind].headline
         if name not in fit:
             raise ConfigError(f"--select is {name!r} but validation can choose by one of {', '.join(fit)}")
-        return name, declared[name].better
+        return name, declared[name]
 
     def choose_folder(self, stage: str) -> tuple[Path, Path | None]:
         """The run directory, and the checkpoint that the run starts from."""

@@ -12,6 +12,7 @@ import yaml
 
 from app.cli.builder import MetaboltCLI, main
 from app.runs.checkpoints import BestCheckpoint
+from app.runs.progress import TaskProgress
 from models.core.checkpoint_io import load_checkpoint
 from tests.support.toy import command
 
@@ -233,3 +234,15 @@ def test_the_test_that_is_told_to_do_again_is_the_one_that_was_done(capsys, tmp_
     assert after["metrics"] == before["metrics"] and after["tasks"] == 20
     best = load_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"]
     assert after["meta_steps"] == before["meta_steps"] == best
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "flags", "shown"),
+    [("ProtoNet", (), "accuracy"), ("ProtoNet", ("--select", "nll"), "nll"), ("PEARL", (), "last_episode")],
+)
+def test_progress_shows_what_the_best_checkpoint_is_chosen_by(algorithm, flags, shown, tmp_path):
+    """Catches a bar on which another metric rises than the one that counts."""
+    cli = MetaboltCLI(command(algorithm, tmp_path, *flags, "--trainer.enable_progress_bar", "true"))
+    (bar,) = (c for c in cli.trainer.callbacks if isinstance(c, TaskProgress))
+    (best,) = (c for c in cli.trainer.callbacks if isinstance(c, BestCheckpoint))
+    assert bar.name == shown and best.monitor == f"val/{shown}"
