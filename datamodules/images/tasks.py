@@ -150,8 +150,8 @@ class ImageTasks(TaskDistribution):
             for group in self.members:
                 if len(group) * factor < ways:
                     raise DataError(
-                        f"group {names[group[0]]!r} ({split}) has {len(group) * factor} classes but a task within one "
-                        f"group needs {ways}: lower ways"
+                        f"group {classes.groups[group[0]]!r} ({split}) has {len(group) * factor} classes but a task "
+                        f"within one group needs {ways}: lower ways"
                     )
         images = classes.images
         self.images = images if self.turns == 1 else torch.cat([torch.rot90(images, r, (2, 3)) for r in range(4)])
