@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from datamodules.images import image_folder
 from datamodules.images.image_folder import ImageFolder
 from datamodules.images.tasks import ImageDataModule
 from tests.support.fixtures import image_tree
+from tests.support.processes import ROOT
 
 TEN = {f"class{i}": 4 + i % 3 for i in range(10)}
 SMALL = {"ways": 2, "shots": 1, "queries": 2, "size": 8}
@@ -376,3 +379,27 @@ def test_settings_reach_it_from_the_command_line(root: Path) -> None:
     data = ImageFolder(**parsed.data.init_args)
     assert (data.size, data.channels, list(data.fractions)) == (8, 1, [0.5, 0.3, 0.2])
     assert data.lists == {"train": ["class0", "class1"], "val": "val.txt", "test": ["class4", "class5"]}
+
+
+PACKS = """
+import sys
+from datamodules import ImageFolder
+data = ImageFolder(root=sys.argv[1], size=8, ways=2, queries=2)
+sys.stdin.readline()
+data.prepare_data()
+print(data.classes("train").images.sum().item())
+"""
+
+
+def test_processes_pack_one_folder_at_once(root: Path) -> None:
+    """Catches a cache that one process reads while another writes it, and parts that are left behind."""
+    command = [sys.executable, "-c", PACKS, str(root)]
+    several = [subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=-1, text=True) for _ in range(3)]
+    for process in several:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=120) for process in several]
+    assert [process.returncode for process in several] == [0, 0, 0], told
+    assert len({out for out, _ in told}) == 1 and float(told[0][0]) > 0
+    assert not [path for path in root.rglob("*") if path.name.endswith(".part")]
