@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import logging
 import subprocess
@@ -279,7 +280,8 @@ def test_a_picture_that_fails_costs_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """Would catch: a training that dies of its pictures, or a line at every validation."""
-    monkeypatch.setattr(Dashboard.__init__, "__defaults__", (None, 1e9, 2, 2, True))  # pictures at both validations
+    both = functools.partialmethod(Dashboard.__init__, share=1e9, curve_tasks=2, confusion_tasks=2)  # validations
+    monkeypatch.setattr(Dashboard, "__init__", both)
     monkeypatch.setattr(few_shot.plots, "episode", mock.Mock(side_effect=RuntimeError("no\nfont")))
     monkeypatch.setattr(Confusions, "of", mock.Mock(side_effect=torch.cuda.OutOfMemoryError("full")))
     monkeypatch.setattr(Dashboard, "_summarise", mock.Mock(side_effect=OSError("disk full")))

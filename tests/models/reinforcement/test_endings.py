@@ -160,7 +160,7 @@ def test_steps_after_an_end_are_not_learned_from(tmp_path):
     """Catches a policy gradient that is diluted by actions without an effect: those of dead steps get none."""
     data = Ledges(meta_batch_size=6, val_tasks=2, test_tasks=2)
     learner = maml()
-    learner._trainer = SimpleNamespace(world_size=1)
+    learner.trainer = SimpleNamespace(world_size=1)
     batch = data.distribution("train").sample(range(6))
     batch.task = {n: v.double() for n, v in batch.task.items()}
     rollouts, _ = learner.collect(batch, {n: p.expand(6, *p.shape) for n, p in learner.policy.named_parameters()}, 0)

@@ -243,7 +243,7 @@ def test_each_loss_reaches_its_own_networks_alone(loss):
 def test_training_loss_weighs_the_losses(monkeypatch):
     """Catches a share of the meta-batch that is averaged by itself, and a KL that is averaged instead of summed."""
     model = learner(kl_weight=0.3)
-    model._trainer = SimpleNamespace(world_size=2)
+    model.trainer = SimpleNamespace(world_size=2)
     arguments = inputs()
     monkeypatch.setattr(model, "drawn", lambda batch: arguments)
     loss = model.training_step(SimpleNamespace(meta_batch=5, index=torch.arange(TASKS)), 0)
@@ -347,7 +347,7 @@ def collector(sparse: bool = False, **settings) -> PEARL:
     convert = SimpleNamespace(
         convert_input=lambda batch: batch.apply(lambda t: t.double() if t.is_floating_point() else t)
     )
-    model._trainer = SimpleNamespace(datamodule=data, precision_plugin=convert, world_size=1)
+    model.trainer = SimpleNamespace(datamodule=data, precision_plugin=convert, world_size=1)
     model.replay = Replay(None, 6, 4, 2 * SIZE + ACTIONS + 3, torch.float64)
     return model
 
