@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.ticker import PercentFormatter
 
 import models
 from app.plots.style import MAIN, STYLE, single, styled
@@ -161,6 +162,8 @@ def curve_figure(result: dict[str, Any]) -> Any:
     axes.plot(steps, means, color=MAIN, marker=".")
     low, high = zip(*((m - h, m + h) for m, h in zip(means, halves, strict=True)), strict=True)
     axes.fill_between(steps, low, high, color=MAIN, alpha=0.18, linewidth=0)
+    if metric.share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("meta-updates")
     axes.set_ylabel(metric.label or result["curve"]["metric"])
     axes.set_title(f"meta-validation, {result['name']}")
