@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodules.core.errors import ConfigError
-from models.core.checkpoint_io import AtomicCheckpointIO, identity, load_checkpoint
+from models.core.checkpoint_io import VERSION, AtomicCheckpointIO, identity, load_checkpoint
 
 
 def content(seed: int = 0) -> dict:
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_program_is_read_by_its_parts_checksums(tmp_path
 def test_what_a_gpu_wrote_loads_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Catches a Trainer's load that asks for the device that wrote: storages are tagged with it here."""
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-    AtomicCheckpointIO().save_checkpoint(content(), tmp_path / "gpu.ckpt")
+    AtomicCheckpointIO().save_checkpoint(content() | {VERSION: "2.0.0"}, tmp_path / "gpu.ckpt")
     monkeypatch.undo()
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA"):
