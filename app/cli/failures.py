@@ -26,7 +26,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from datamodules.core.download import DownloadError
 from datamodules.core.errors import ConfigError, DataError
-from datamodules.core.runtime import memory_of_the_machine
+from datamodules.core.runtime import memory_of_the_machine, memory_within_reach
 
 try:
     import resource
@@ -367,13 +367,15 @@ def _name(hint: Any) -> str:
 def _no_more_memory_than_there_is() -> Iterator[None]:
     """Limits private memory to what there is: to take more fails at once, where Linux would promise it and kill later.
 
-    Not beside an accelerator, whose driver reserves more than it uses.
+    What others take now is not there, up to half of the machine's. Not beside an accelerator, whose driver reserves
+    more than it uses.
     """
     if resource is None or not sys.platform.startswith("linux") or torch.cuda.is_available():
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     most = memory_of_the_machine()
+    most = min(most, max(most // 2, memory_within_reach()))
     bounded = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min([most, *bounded]), hard))
     try:
