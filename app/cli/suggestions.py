@@ -136,6 +136,8 @@ def explain(parser: LightningArgumentParser, message: str) -> str:
         types = [of[1] for part in wanted if (of := re.fullmatch(r"Expected (?:an? )?(typing\.Literal.*|<.*)", part))]
         if types and all(part.startswith("Expected ") for part in wanted):
             return _is_but(found["key"], found["value"], _types(types))
+        if re.search(r"NestedArg\(key='class_path', val=None\)", found["value"]):
+            return f"{_whole_key(found['key'])}.class_path is null but must be a class: give one, or leave it out"
         value = re.sub(r"^NestedArg\(key='(\w+)', val=(.*)\)$", r"\1 \2", found["value"])  # the parser's own word
         text = f"{_whole_key(found['key'])} is {value}: {'; or '.join(p for p in wanted if 'NoneType' not in p)}"
     return text if len(text) <= 300 else text[:300] + " …"

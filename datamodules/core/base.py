@@ -91,6 +91,7 @@ class EpisodicDataModule(LightningDataModule):
     def distribution(self, split: str) -> TaskDistribution:
         """``build(split)``, kept."""
         if split not in self._distributions:
+            self._refuse_too_large()
             self._distributions[split] = self.build(split)
         return self._distributions[split]
 
@@ -137,6 +138,18 @@ class EpisodicDataModule(LightningDataModule):
     def _evaluation_loader(self, split: str, tasks: int) -> DataLoader:
         self._refuse_too_many(split, min(self.eval_batch_size, tasks))
         return self._loader(split, EvaluationTasks(tasks, self.eval_batch_size, *self._rank), self.eval_batch_size)
+
+    def _refuse_too_large(self) -> None:
+        """Refuse a task that the machine cannot hold, before any is made.
+
+        Raises:
+            DataError: naming the setting.
+        """
+        shape = self.task_shape()
+        name = max(("shots", "queries", "episodes"), key=lambda n: shape.get(n) or 0)
+        examples = (shape.get("ways") or 1) * (shape.get(name) or 0)
+        if 8 * examples > memory_of_the_machine() / 8:  # one number of each, several times
+            raise DataError(f"{name} is {shape[name]}, more than memory holds: lower --data.init_args.{name}")
 
     def _refuse_too_many(self, split: str, tasks: int) -> None:
         """Refuse meta-batches that the machine cannot hold, which would end in a kill or after minutes.

@@ -64,6 +64,8 @@ CALLBACK = "pytorch_lightning.callbacks"
         (("--trainer.callbacks+", f"{CALLBACK}.LearningRateMonitor", "--trainer.fast_dev_run", "true"), "logger"),
         (("--data.meta_batch_size", "10000000000"), "meta_batch_size is 10000000000, which takes"),
         (("--data.workers", "1000000"), "workers is 1000000 but this machine has"),
+        (("--data.shots", "1000000000000"), "shots is 1000000000000, more than memory holds"),
+        (("--data.class_path", "null"), "data.class_path is null but must be a class"),
         (("--model.backbone.hidden", "1000000"), "model.init_args.backbone.init_args.hidden"),
     ],
     ids=lambda value: " ".join(value)[-60:] if isinstance(value, tuple) else "",
