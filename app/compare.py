@@ -57,11 +57,8 @@ def difference(metric: Metric, first: Tensor, second: Tensor) -> tuple[float, fl
 def labels(folders: Sequence[Path]) -> list[str]:
     """A short name for each folder: its run's, with what tells its evaluation from the others where that is needed."""
     places = [_run_of(folder) for folder in folders]
-    if any(place.name.isdigit() for place in places):  # "1" says little, and reads as a number
-        places = [Path(place.parent.name, place.name) for place in places]
-    else:
-        places = [Path(place.name) for place in places]
-    runs = [str(place) for place in places]
+    numbers = any(place.name.isdigit() for place in places)  # "1" says little, and reads as a number
+    runs = [str(Path(place.parent.name, place.name)) if numbers else place.name for place in places]
     words = [folder.name.split("-") if folder.absolute().parent.name == EVALUATIONS else [] for folder in folders]
     while all(len(of) > 1 for of in words) and len({of[-1] for of in words}) == 1:
         words = [of[:-1] for of in words]  # what all were evaluated with

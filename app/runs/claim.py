@@ -152,14 +152,17 @@ def _alone(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a file system without locks
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                    continue  # who had the lock took the file away: lock the new one
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
+            try:
+                current = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+            except FileNotFoundError:
+                current = False
+            if not current:
+                continue  # who had the lock took the file away: lock the new one
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
         finally:
             file.close()
 
