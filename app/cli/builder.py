@@ -529,11 +529,22 @@ def main(args: Sequence[str] | None = None) -> None:
                 what = "saved" if saved == step else f"of which {max(saved, 0)} are saved"
                 sys.stderr.write(f"stopped at meta-update {step}, {what}; go on with: {again}\n")
         sys.exit(128 + signal.SIGTERM)
+    except SystemExit as failed:
+        if _among_others():  # to leave the process group properly may wait for ever for a process that is gone
+            release()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(failed.code or 0))
+        raise
     finally:
         release()
         # Left to the interpreter's exit, the threads of the process group now and then abort it.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _among_others():
             torch.distributed.destroy_process_group()
+
+
+def _among_others() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def quiet_lightning() -> None:

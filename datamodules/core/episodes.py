@@ -29,12 +29,15 @@ class Support:
         y: labels in [0, ways), (S,), int64; or targets, (S, out), for regression.
         ways: number of classes, static; 0 for regression.
         unlabelled: further inputs of the same classes without labels, (U, *input), for learners that use them.
+        group: number of the kind of task that this is (see TaskDistribution.task_groups), a scalar int64, where data
+            know it: what only an oracle may look at.
     """
 
     x: Tensor
     y: Tensor
     ways: int
     unlabelled: Tensor | None = None
+    group: Tensor | None = None
 
     def members(self) -> Tensor:
         """Which examples are of which class, (S, ways) bool."""
@@ -142,8 +145,14 @@ class Episodes(MetaBatch):
 
     def __getitem__(self, i: int) -> Task:
         unlabelled = None if self.unlabelled_x is None else self.unlabelled_x[i]
-        support = Support(self.support_x[i], self.support_y[i], self.ways, unlabelled)
+        group = None if self.groups is None else self.groups[i]
+        support = Support(self.support_x[i], self.support_y[i], self.ways, unlabelled, group)
         return Task(support, self.query_x[i], self.query_y[i])
+
+    @property
+    def groups(self) -> Tensor | None:
+        """The number of each task's group, (T,) int64; None where there are none."""
+        return None if self.task_groups is None else self.task[self.task_groups[0]]
 
 
 class TaskDistribution:

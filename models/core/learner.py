@@ -147,6 +147,15 @@ class MetaLearner(pl.LightningModule):
         """Take what the tasks of a meta-batch left, averaged over them and over all processes."""
         raise NotImplementedError
 
+    @property
+    def embedding_size(self) -> int:
+        """d of ``embed_task``; 0 where a learner has no vector of a task."""
+        return 0
+
+    def embed_task(self, support: Support) -> Tensor:
+        """What task this is, (embedding_size,), from its support set."""
+        raise NotImplementedError
+
     def embeddings(self, x: Tensor) -> Tensor | None:
         """Of inputs (N, *input) each by itself, (N, features), to be looked at; None where it has none."""
         return None
@@ -206,14 +215,16 @@ class MetaLearner(pl.LightningModule):
     def map(self, function: Callable[[Task], Any], episodes: Episodes) -> Any:
         """``function`` of every task of a meta-batch; its tensors come back with a leading (T,)."""
 
-        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *unlabelled: Tensor) -> Any:
-            return function(Task(Support(support_x, support_y, episodes.ways, *unlabelled), query_x, query_y))
-
         e = episodes
+
+        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *known: Tensor) -> Any:
+            more = dict(zip(optional, known, strict=True))
+            return function(Task(Support(support_x, support_y, e.ways, **more), query_x, query_y))
+
         # In evaluation what a task draws must not depend on which tasks it is mapped with.
         randomness = "different" if self.training else "same"
-        unlabelled = () if e.unlabelled_x is None else (e.unlabelled_x,)
-        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *unlabelled)
+        optional = {n: t for n, t in (("unlabelled", e.unlabelled_x), ("group", e.groups)) if t is not None}
+        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values())
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:

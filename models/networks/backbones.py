@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from datamodules.core.errors import at_least
 from models.networks.batch_norm import BatchNorm, replace_batch_norm
+from models.networks.modulation import FiLM
 
 
 class Backbone(nn.Module):
@@ -75,6 +76,7 @@ class Conv4(Backbone):
                 raise ValueError(f"image_size is {image_size} but nothing is left of that after {block + 1} blocks")
         self.convs = nn.ModuleList(convs)
         self.norms = nn.ModuleList(BatchNorm(hidden) for _ in channels)
+        self.films = nn.ModuleList(FiLM(hidden) for _ in channels)
         for conv in convs:  # Glorot and Bengio 2010, as both reference implementations of this network
             nn.init.xavier_uniform_(conv.weight)
             nn.init.constant_(cast(Tensor, conv.bias), 0.0)
@@ -82,11 +84,11 @@ class Conv4(Backbone):
         self.out_features = hidden * side**2 if self.flatten else hidden
 
     def forward(self, x: Tensor) -> Tensor:
-        for block, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+        for block, (conv, norm, film) in enumerate(zip(self.convs, self.norms, self.films, strict=True)):
             x = norm(conv(x))
             if self.downsample == "pool" and block < self.halvings:
                 x = F.max_pool2d(x, 2)  # before ReLU: the same values from a quarter of the work
-            x = F.relu(x)
+            x = F.relu(film(x))
         return x.flatten(1) if self.flatten else x.mean((2, 3))
 
 
@@ -140,6 +142,7 @@ class ResidualBlock(nn.Module):
         channels = [in_channels] + [out_channels] * convs
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in pairwise(channels))
         self.norms = nn.ModuleList(BatchNorm(out_channels) for _ in range(convs))
+        self.films = nn.ModuleList(FiLM(out_channels) for _ in range(convs))
         self.shortcut, self.norm = nn.Conv2d(in_channels, out_channels, 1, bias=False), BatchNorm(out_channels)
         self.halve = halve
         for conv in (*self.convs, self.shortcut):  # He et al. 2015, as their code
@@ -147,8 +150,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
-        for k, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = norm(conv(F.leaky_relu(y, 0.1) if k else y))
+        for k, (conv, norm, film) in enumerate(zip(self.convs, self.norms, self.films, strict=True)):
+            y = film(norm(conv(F.leaky_relu(y, 0.1) if k else y)))
         y = y + self.norm(self.shortcut(x))
         if self.halve:
             y = F.max_pool2d(y, 2)  # before the nonlinearity: the same values from a quarter of the work
@@ -172,13 +175,14 @@ class MLP(Backbone):
             at_least(1, **{"in_features" if i == 0 else f"hidden[{i - 1}]": size})
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.norms = nn.ModuleList(BatchNorm(s) if batch_norm else nn.Identity() for s in hidden)
+        self.films = nn.ModuleList(FiLM(s) for s in hidden)
         self.input_shape = (in_features,)
         self.out_features = sizes[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = F.relu(norm(layer(x)))
+        for layer, norm, film in zip(self.layers, self.norms, self.films, strict=True):
+            x = F.relu(film(norm(layer(x))))
         return x
 
 

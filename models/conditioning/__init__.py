@@ -1,0 +1,1 @@
+"""Learners whose initialisation, optimizer or features a task embedding sets."""
