@@ -151,6 +151,7 @@ def sgd_path(
     rate: float | Callable[[int], Parameters],
     steps: int,
     first_order: bool = False,
+    clip: float | None = None,
 ) -> Iterator[Parameters]:
     """Gradient descent from ``parameters``: yields them before the first step and after each one.
 
@@ -163,12 +164,15 @@ def sgd_path(
         rate: the inner learning rate; or for each step one for each parameter, of its shape or a scalar.
         steps: number of steps, 0 or more.
         first_order: take the inner gradients as constants (FOMAML).
+        clip: what each entry of an inner gradient is limited to, either way.
     """
     yield parameters
     for step in range(steps):
         gradient = inner_gradient(loss, parameters, step)
         if first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
+        if clip is not None:
+            gradient = {name: g.clamp(-clip, clip) for name, g in gradient.items()}
         rates = rate(step) if callable(rate) else dict.fromkeys(parameters, rate)
         parameters = {name: p - rates[name] * gradient[name] for name, p in parameters.items()}
         yield parameters
