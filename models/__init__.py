@@ -6,6 +6,10 @@ from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
+from models.conditioning.caml import CAML
+from models.conditioning.cnaps import CNAPs
+from models.conditioning.simple_cnaps import SimpleCNAPs
+from models.conditioning.tadam import TADAM
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained
 from models.generative.metagan import MetaGAN, MetaGANRelation
@@ -48,6 +52,10 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NearestNeighbour,
     LEO,
     WeightGenerator,
+    TADAM,
+    CNAPs,
+    SimpleCNAPs,
+    CAML,
     RL2,
     MAMLPolicy,
     PEARL,
@@ -63,6 +71,7 @@ __all__ = [
     "ALGORITHMS",
     "ANIL",
     "BMAML",
+    "CAML",
     "HSML",
     "IMAML",
     "LEO",
@@ -72,9 +81,11 @@ __all__ = [
     "RL2",
     "SNAIL",
     "STRATEGIES",
+    "TADAM",
     "Averaged",
     "BanditStrategy",
     "Baseline",
+    "CNAPs",
     "Conv2",
     "Conv4",
     "Learn2Learn",
@@ -93,6 +104,7 @@ __all__ = [
     "RelationNet",
     "Reptile",
     "ResNet",
+    "SimpleCNAPs",
     "UnitLength",
     "WeightGenerator",
     "load",

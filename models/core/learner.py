@@ -223,7 +223,8 @@ class MetaLearner(pl.LightningModule):
 
         # In evaluation what a task draws must not depend on which tasks it is mapped with.
         randomness = "different" if self.training else "same"
-        optional = {n: t for n, t in (("unlabelled", e.unlabelled_x), ("group", e.groups)) if t is not None}
+        given = (("unlabelled", e.unlabelled_x), ("group", e.groups), ("classes", e.class_ids))
+        optional = {name: t for name, t in given if t is not None}
         tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values())
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
