@@ -6,10 +6,14 @@ from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
+from models.conditioning.caml import CAML
+from models.conditioning.cnaps import CNAPs
 from models.conditioning.conditioned import Conditioned
 from models.conditioning.initialization import Attenuation, EmbeddingRows, Experts, LowRank
 from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
+from models.conditioning.simple_cnaps import SimpleCNAPs
+from models.conditioning.tadam import TADAM
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.metagan import MetaGAN, MetaGANRelation
@@ -60,6 +64,10 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NearestNeighbour,
     LEO,
     WeightGenerator,
+    TADAM,
+    CNAPs,
+    SimpleCNAPs,
+    CAML,
     RL2,
     MAMLPolicy,
     PEARL,
@@ -76,6 +84,7 @@ __all__ = [
     "ALGORITHMS",
     "ANIL",
     "BMAML",
+    "CAML",
     "HSML",
     "IMAML",
     "LEO",
@@ -85,10 +94,12 @@ __all__ = [
     "RL2",
     "SNAIL",
     "STRATEGIES",
+    "TADAM",
     "Attenuation",
     "Averaged",
     "BanditStrategy",
     "Baseline",
+    "CNAPs",
     "Conditioned",
     "ConstantEmbedding",
     "Conv2",
@@ -118,6 +129,7 @@ __all__ = [
     "Reptile",
     "ResNet",
     "SetEncoder",
+    "SimpleCNAPs",
     "TaskLabel",
     "TrainedEmbedding",
     "UnitLength",

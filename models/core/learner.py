@@ -227,7 +227,8 @@ class MetaLearner(pl.LightningModule):
         Beside the task it gets its row of each of ``further``, (T, …).
         """
         e = episodes
-        optional = {n: t for n, t in (("unlabelled", e.unlabelled_x), ("group", e.groups)) if t is not None}
+        given = (("unlabelled", e.unlabelled_x), ("group", e.groups), ("classes", e.class_ids))
+        optional = {name: t for name, t in given if t is not None}
 
         def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *rows: Tensor) -> Any:
             known = dict(zip(optional, rows, strict=False))

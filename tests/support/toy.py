@@ -103,6 +103,13 @@ ALGORITHMS = {
         *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
         *("--model.gan.hidden", "4", "--model.gan.latents", "6", "--model.gan.noise", "5"),
     ],
+    "TADAM": ["--model", "models.TADAM", *BACKBONE, "--model.classes", "12"],
+    "CNAPs": ["--model", "models.CNAPs", *BACKBONE, "--model.code", "6"],
+    "SimpleCNAPs": ["--model", "models.SimpleCNAPs", *BACKBONE, "--model.code", "6"],
+    "CAML": [
+        *("--model", "models.CAML", *BACKBONE, "--model.max_ways", "4", "--model.code_size", "8"),
+        *("--model.layers", "2", "--model.heads", "2", "--model.dense", "12"),
+    ],
     "SNAIL": [
         *("--model", "models.SNAIL", *BACKBONE, "--model.labels", "4", "--model.filters", "8"),
         *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
