@@ -17,7 +17,7 @@ from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNorm, normalize_by
 
 
-class SetEncoder(nn.Module):
+class ImageSetEncoder(nn.Module):
     """A set of images as the mean of their codes: blocks of 3×3 convolution, batch norm, ReLU and 2×2 max pooling.
 
     Batch norm is always by the set itself, as in the reference code: the code of a set depends on nothing else.
@@ -117,7 +117,7 @@ class SetAdaptation(nn.Module):
         super().__init__()
         if len(input_shape) != 3:
             raise ValueError(f"the set encoder takes images, not inputs of shape {tuple(input_shape)}")
-        self.encoder = SetEncoder(input_shape[0], size)
+        self.encoder = ImageSetEncoder(input_shape[0], size)
         self.generator = FiLMGenerator(size, points)
 
     def forward(self, x: Tensor) -> Parameters:

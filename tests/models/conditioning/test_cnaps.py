@@ -11,7 +11,7 @@ import torch
 
 from datamodules.core.episodes import Support
 from models import CNAPs, Conv4, Pretrained
-from models.conditioning.adaptive import SetEncoder
+from models.conditioning.adaptive import ImageSetEncoder
 from models.networks.batch_norm import BatchNorm, normalize_by
 from tests.support.gradients import assert_is_gradient, episodes, meta_gradient
 
@@ -122,7 +122,7 @@ def test_code_is_of_the_support_set_alone():
     """Catches running averages in the set encoder, a code that depends on order or doubled images, on labels or on the
     mode, a mean over other axes, and pooling of what is one pixel wide."""
     torch.manual_seed(0)
-    encoder = SetEncoder(1, 6).double()
+    encoder = ImageSetEncoder(1, 6).double()
     x = torch.rand(5, 1, 8, 8, dtype=DOUBLE)
     with torch.no_grad():
         code = encoder(x)
