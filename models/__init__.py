@@ -2,13 +2,18 @@
 
 import datamodules.core  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
 from models.baselines.baseline import Baseline
+from models.baselines.gaussian_process import GaussianProcess
 from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained
+from models.generative.attentive_neural_process import ANP
+from models.generative.conditional_neural_process import CNP
 from models.generative.metagan import MetaGAN, MetaGANRelation
+from models.generative.neural_process import NP
+from models.generative.transformer_neural_process import TNP
 from models.memory.snail import SNAIL
 from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
@@ -48,12 +53,16 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NearestNeighbour,
     LEO,
     WeightGenerator,
+    CNP,
+    NP,
+    ANP,
+    TNP,
     RL2,
     MAMLPolicy,
     PEARL,
 )
 # Learners without parameters, which are evaluated and not trained.
-STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
+STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
 
 load = MetaLearner.load_from_checkpoint
 """A trained learner, of whatever algorithm, from its checkpoint alone."""
@@ -62,21 +71,26 @@ __all__ = [
     "ABML",
     "ALGORITHMS",
     "ANIL",
+    "ANP",
     "BMAML",
+    "CNP",
     "HSML",
     "IMAML",
     "LEO",
     "MAML",
     "MLP",
+    "NP",
     "PEARL",
     "RL2",
     "SNAIL",
     "STRATEGIES",
+    "TNP",
     "Averaged",
     "BanditStrategy",
     "Baseline",
     "Conv2",
     "Conv4",
+    "GaussianProcess",
     "Learn2Learn",
     "MAMLPolicy",
     "MDPStrategy",

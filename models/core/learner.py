@@ -63,6 +63,8 @@ class MetaLearner(pl.LightningModule):
     """What it measures of a task beside the metrics of its kind, by name."""
     selects_by: ClassVar[str | None] = None
     """The metric of meta-validation that its best checkpoint has unless told otherwise; None: its kind's headline."""
+    reads_facts: ClassVar[bool] = False
+    """Whether its support sets hold what data know of a task (``Support.facts``), which only an oracle may look at."""
 
     def __init__(
         self,
@@ -218,13 +220,15 @@ class MetaLearner(pl.LightningModule):
         e = episodes
 
         def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *known: Tensor) -> Any:
-            more = dict(zip(optional, known, strict=True))
-            return function(Task(Support(support_x, support_y, e.ways, **more), query_x, query_y))
+            more = dict(zip(optional, known, strict=False))
+            facts = dict(zip(told, known[len(optional) :], strict=True)) if self.reads_facts else None
+            return function(Task(Support(support_x, support_y, e.ways, **more, facts=facts), query_x, query_y))
 
         # In evaluation what a task draws must not depend on which tasks it is mapped with.
         randomness = "different" if self.training else "same"
         optional = {n: t for n, t in (("unlabelled", e.unlabelled_x), ("group", e.groups)) if t is not None}
-        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values())
+        told = e.task if self.reads_facts else {}
+        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values(), *told.values())
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
