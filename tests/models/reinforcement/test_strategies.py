@@ -90,7 +90,7 @@ def test_compares_with_another(name, tmp_path, capsys):
         (("--model.epsilon", "2"), "epsilon is 2.0"),
     ],
 )
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", CHOICES)
 def test_what_does_not_fit_is_refused_in_one_line(name, flags, words, tmp_path, capsys):
     """Catches tables of the wrong size, which would fail within the trial or not at all."""
     with pytest.raises(SystemExit):
