@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,7 @@ def test_sizes_are_those_of_the_published_results():
     sizes: two encoders of 2-128-128-128-128 and 128-128-128, and a decoder of 257-128-128-2."""
 
     def linear(*sizes: int) -> int:
-        return sum((a + 1) * b for a, b in zip(sizes, sizes[1:], strict=False))
+        return sum((a + 1) * b for a, b in pairwise(sizes))
 
     encoder = linear(2, 128, 128, 128, 128) + linear(128, 128, 128)
     expected = 2 * encoder + linear(257, 128, 128, 2)

@@ -86,7 +86,7 @@ def test_linear_gaussian_process_is_bayesian_linear_regression(shots):
 
 
 def test_the_latent_becomes_certain_as_points_are_added():
-    """Catches an aggregation by the mean of precisions: the variance must fall as 1 / N, and the mean find the truth."""
+    """Catches an aggregation by the mean of precisions: the variance must fall as 1 / N, the mean find the truth."""
     x = torch.linspace(-2, 2, 4001, dtype=torch.float64)[:-1, None] + 5e-4
     found = []
     for every in (100, 10, 1):
