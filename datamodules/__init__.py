@@ -9,7 +9,7 @@ from datamodules.images.learn2learn_tasksets import Learn2LearnTasksets
 from datamodules.images.multi_domain import Domain, ImageMixture
 from datamodules.images.omniglot import Omniglot
 from datamodules.images.tasks import ImageDataModule
-from datamodules.regression.functions import FourFamily, HarderSinusoid, Linear, Sinusoid
+from datamodules.regression.functions import FiveFamily, FourFamily, HarderSinusoid, Linear, Sinusoid
 from datamodules.regression.gaussian_processes import GaussianProcesses
 from datamodules.reinforcement.bandits import Bandits
 from datamodules.reinforcement.environments import EnvironmentDataModule
@@ -29,6 +29,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     Linear,
     FourFamily,
     GaussianProcesses,
+    FiveFamily,
     Bandits,
     TabularMDPs,
     PointRobot,
@@ -45,6 +46,7 @@ __all__ = [
     "EnvironmentDataModule",
     "Episodes",
     "EpisodicDataModule",
+    "FiveFamily",
     "FourFamily",
     "GaussianProcesses",
     "Glyphs",

@@ -7,8 +7,12 @@ from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
+from models.conditioning.conditioned import Conditioned
+from models.conditioning.initialization import Attenuation, EmbeddingRows, Experts, LowRank
+from models.conditioning.modulation import Modulation
+from models.conditioning.optimization import Rates, UpdateRule
 from models.core.learner import MetaLearner
-from models.core.pretrained import Pretrained
+from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
 from models.generative.conditional_neural_process import CNP
 from models.generative.metagan import MetaGAN, MetaGANRelation
@@ -32,6 +36,14 @@ from models.reinforcement.maml_policy import MAMLPolicy
 from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
+from models.task_embedding.encoders import (
+    ConstantEmbedding,
+    GradientMeans,
+    PrototypeMean,
+    RecurrentEncoder,
+    SetEncoder,
+    TaskLabel,
+)
 from models.task_embedding.hsml import HSML
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
@@ -60,6 +72,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     RL2,
     MAMLPolicy,
     PEARL,
+    Conditioned,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -85,13 +98,20 @@ __all__ = [
     "SNAIL",
     "STRATEGIES",
     "TNP",
+    "Attenuation",
     "Averaged",
     "BanditStrategy",
     "Baseline",
+    "Conditioned",
+    "ConstantEmbedding",
     "Conv2",
     "Conv4",
+    "EmbeddingRows",
+    "Experts",
     "GaussianProcess",
+    "GradientMeans",
     "Learn2Learn",
+    "LowRank",
     "MAMLPolicy",
     "MDPStrategy",
     "MatchingNet",
@@ -99,15 +119,23 @@ __all__ = [
     "MetaGANRelation",
     "MetaLearner",
     "MetaSGD",
+    "Modulation",
     "NearestNeighbour",
     "Network",
     "Pretrained",
     "ProtoNet",
+    "PrototypeMean",
+    "Rates",
+    "RecurrentEncoder",
     "ReinforcementLearner",
     "RelationNet",
     "Reptile",
     "ResNet",
+    "SetEncoder",
+    "TaskLabel",
+    "TrainedEmbedding",
     "UnitLength",
+    "UpdateRule",
     "WeightGenerator",
     "load",
 ]

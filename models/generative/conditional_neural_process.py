@@ -12,7 +12,7 @@ from datamodules.core.errors import at_least
 from models.core.learner import Paper
 from models.core.predictions import Mixture
 from models.generative.process_learner import ProcessLearner, gaussians
-from models.generative.set_networks import Decoder, SetEncoder
+from models.generative.set_networks import Decoder, PooledCode
 
 
 class CNP(ProcessLearner):
@@ -59,7 +59,7 @@ class CNP(ProcessLearner):
         at_least(2, decoder_layers=decoder_layers)
         self.least_deviation = least_deviation
         self.encoders = nn.ModuleList(
-            SetEncoder(hidden, inputs + outputs, hidden, encoder_layers, code_layers) for _ in range(encoders)
+            PooledCode(hidden, inputs + outputs, hidden, encoder_layers, code_layers) for _ in range(encoders)
         )
         self.decoder = Decoder(encoders * hidden, inputs, 2 * outputs, hidden, decoder_layers)
 

@@ -11,7 +11,7 @@ from datamodules.core.episodes import Support
 from datamodules.core.errors import at_least
 from models.core.learner import Paper
 from models.generative.latent_process import LatentProcess
-from models.generative.set_networks import BayesianLatent, PooledLatent, SetEncoder
+from models.generative.set_networks import BayesianLatent, PooledCode, PooledLatent
 
 
 class NP(LatentProcess):
@@ -58,7 +58,7 @@ class NP(LatentProcess):
             self.latent = BayesianLatent(latents, point, hidden, encoder_layers)
         else:
             self.latent = PooledLatent(latents, point, hidden, encoder_layers, code_layers)
-        self.code = SetEncoder(hidden, point, hidden, encoder_layers, code_layers) if deterministic else None
+        self.code = PooledCode(hidden, point, hidden, encoder_layers, code_layers) if deterministic else None
 
     def keep(self, support: Support) -> Sequence[Tensor]:
         return () if self.code is None else (self.code(support.x, support.y),)

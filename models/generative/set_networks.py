@@ -59,7 +59,7 @@ def point_layers(inputs: int, hidden: int, depth: int, heads: int = 0) -> nn.Seq
     return nn.Sequential(layers(inputs, *[hidden] * (depth - 2)), nn.ReLU(), Attention(hidden, heads))
 
 
-class SetEncoder(nn.Module):
+class PooledCode(nn.Module):
     """ρ(mean of φ(x, y)): a code of a set of points.
 
     Args:
@@ -80,14 +80,14 @@ class SetEncoder(nn.Module):
         return self.whole(self.point(torch.cat([x, y], -1)).mean(-2))
 
 
-class PooledLatent(SetEncoder):
+class PooledLatent(PooledCode):
     """q(z | points) of a mean of codes, its deviation between 0.1 and 1 (Kim et al., ICLR 2019, and their code).
 
     It knows how points are distributed, not how many they are: the same points twice give the same distribution.
 
     Args:
         latents: dimensions of z.
-        *sizes: see SetEncoder.
+        *sizes: see PooledCode.
     """
 
     def __init__(self, latents: int, *sizes: int) -> None:
@@ -106,7 +106,7 @@ class BayesianLatent(nn.Module):
 
     Args:
         latents: dimensions of z.
-        inputs, hidden: see SetEncoder.
+        inputs, hidden: see PooledCode.
         depth: layers of the network of a point.
     """
 
