@@ -10,6 +10,7 @@ from datamodules.images.multi_domain import Domain, ImageMixture
 from datamodules.images.omniglot import Omniglot
 from datamodules.images.tasks import ImageDataModule
 from datamodules.regression.functions import FiveFamily, FourFamily, HarderSinusoid, Linear, Sinusoid
+from datamodules.regression.gaussian_processes import GaussianProcesses
 from datamodules.reinforcement.bandits import Bandits
 from datamodules.reinforcement.environments import EnvironmentDataModule
 from datamodules.reinforcement.gymnasium_tasks import GymnasiumTasks
@@ -27,6 +28,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HarderSinusoid,
     Linear,
     FourFamily,
+    GaussianProcesses,
     FiveFamily,
     Bandits,
     TabularMDPs,
@@ -46,6 +48,7 @@ __all__ = [
     "EpisodicDataModule",
     "FiveFamily",
     "FourFamily",
+    "GaussianProcesses",
     "Glyphs",
     "GymnasiumTasks",
     "HalfCheetahDirection",

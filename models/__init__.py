@@ -2,6 +2,7 @@
 
 import datamodules.core  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
 from models.baselines.baseline import Baseline
+from models.baselines.gaussian_process import GaussianProcess
 from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
@@ -16,7 +17,11 @@ from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
+from models.generative.attentive_neural_process import ANP
+from models.generative.conditional_neural_process import CNP
 from models.generative.metagan import MetaGAN, MetaGANRelation
+from models.generative.neural_process import NP
+from models.generative.transformer_neural_process import TNP
 from models.memory.snail import SNAIL
 from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
@@ -68,13 +73,17 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     CNAPs,
     SimpleCNAPs,
     CAML,
+    CNP,
+    NP,
+    ANP,
+    TNP,
     RL2,
     MAMLPolicy,
     PEARL,
     Conditioned,
 )
 # Learners without parameters, which are evaluated and not trained.
-STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
+STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
 
 load = MetaLearner.load_from_checkpoint
 """A trained learner, of whatever algorithm, from its checkpoint alone."""
@@ -83,18 +92,22 @@ __all__ = [
     "ABML",
     "ALGORITHMS",
     "ANIL",
+    "ANP",
     "BMAML",
     "CAML",
+    "CNP",
     "HSML",
     "IMAML",
     "LEO",
     "MAML",
     "MLP",
+    "NP",
     "PEARL",
     "RL2",
     "SNAIL",
     "STRATEGIES",
     "TADAM",
+    "TNP",
     "Attenuation",
     "Averaged",
     "BanditStrategy",
@@ -106,6 +119,7 @@ __all__ = [
     "Conv4",
     "EmbeddingRows",
     "Experts",
+    "GaussianProcess",
     "GradientMeans",
     "Learn2Learn",
     "LowRank",

@@ -120,6 +120,24 @@ ALGORITHMS = {
         *("--model.conditioning", "models.Modulation"),
     ],
 }
+SINUSOIDS = [
+    *("--data", "datamodules.Sinusoid", "--data.shots", "4", "--data.queries", "5", "--data.train_queries", "5"),
+    *("--data.meta_batch_size", "4"),
+]
+PROCESS = ["--model.hidden", "8", "--model.encoder_layers", "3"]
+# Learners of functions alone, each with its data.
+REGRESSORS = {
+    "CNP": ["--model", "models.CNP", *PROCESS, *SINUSOIDS],
+    "NP": ["--model", "models.NP", *PROCESS, "--model.latents", "6", "--model.eval_samples", "7", *SINUSOIDS],
+    "ANP": [
+        *("--model", "models.ANP", *PROCESS, "--model.latents", "6", "--model.eval_samples", "7"),
+        *("--model.heads", "2", *SINUSOIDS),
+    ],
+    "TNP": [
+        *("--model", "models.TNP", "--model.size", "8", "--model.depth", "2", "--model.heads", "2"),
+        *("--model.feedforward", "8", *SINUSOIDS),
+    ],
+}
 BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
 CHAINS = [
     *("--data", "datamodules.TabularMDPs", "--data.states", "3", "--data.actions", "2", "--data.horizon", "3"),
@@ -146,7 +164,7 @@ AGENTS = {
         *("--data.train_tasks", "5", "--data.meta_batch_size", "4"),
     ],
 }
-LEARNERS = ALGORITHMS | AGENTS
+LEARNERS = ALGORITHMS | REGRESSORS | AGENTS
 # What has nothing to train.
 STRATEGIES = {
     "BanditStrategy": [
@@ -157,6 +175,7 @@ STRATEGIES = {
         *("--model.strategy", "psrl", "--data", "datamodules.TabularMDPs", "--data.states", "4", "--data.actions", "3"),
         *("--data.horizon", "3", "--data.episodes", "4"),
     ],
+    "GaussianProcess": ["--model", "models.GaussianProcess", "--data", "datamodules.GaussianProcesses"],
 }
 # For comparisons of runs that draw differently: flags that make what a learner draws at random vanish, and statistics
 # other than a first step's running ones, by which all classes may tie.
@@ -171,6 +190,8 @@ NOISELESS = {
     "MAMLPolicyTRPO": ["--model.damping", "0.1"],
     "MetaGAN": ["--model.gan.stochastic", "false"],
     "MetaGANRelation": ["--model.gan.stochastic", "false"],
+    "NP": ["--model.stochastic", "false"],
+    "ANP": ["--model.stochastic", "false"],
     "WeightGenerator": ["--model.stochastic", "false", "--model.batch_norm", "transductive"],
 }
 
@@ -178,7 +199,7 @@ NOISELESS = {
 def command(algorithm: str, runs: Path, *flags: str, steps: int = 12) -> list[str]:
     """Arguments of train.py: so many meta-updates on toy tasks, validated twice."""
     return [
-        *([] if algorithm in AGENTS else DATA),
+        *(DATA if algorithm in ALGORITHMS else []),
         *LEARNERS[algorithm],
         *SIZES,
         *TRAINER,
@@ -196,7 +217,8 @@ def evaluation(strategy: str, runs: Path, *flags: str) -> list[str]:
 
 def headline(algorithm: str) -> str:
     """The metric that a learner's checkpoints are chosen by."""
-    return KINDS["reinforcement" if algorithm in AGENTS else "classification"].headline
+    kinds = {"classification": ALGORITHMS, "regression": REGRESSORS, "reinforcement": AGENTS}
+    return next(KINDS[kind].headline for kind, learners in kinds.items() if algorithm in learners)
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
