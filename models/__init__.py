@@ -27,6 +27,7 @@ from models.reinforcement.maml_policy import MAMLPolicy
 from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
+from models.reinforcement.varibad import VariBAD
 from models.task_embedding.hsml import HSML
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
@@ -51,6 +52,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     RL2,
     MAMLPolicy,
     PEARL,
+    VariBAD,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
@@ -94,6 +96,7 @@ __all__ = [
     "Reptile",
     "ResNet",
     "UnitLength",
+    "VariBAD",
     "WeightGenerator",
     "load",
 ]
