@@ -401,7 +401,7 @@ def draw_beliefs(axes: Axes, deviations: Any, episodes: int) -> None:
     Args:
         axes: to draw on.
         deviations: of the belief in each latent, (T, steps, L).
-        episodes: of the trial, which dotted lines part.
+        episodes: of the trial.
     """
     deviations = np.asarray(deviations, np.float64)
     x = np.arange(deviations.shape[1])
@@ -436,12 +436,13 @@ def draw_reward_errors(axes: Axes, errors: Any, episodes: int) -> None:
 
 
 def _part(axes: Axes, steps: int, episodes: int) -> None:
-    """Mark where episodes after the first one begin."""
-    for k in range(1, episodes):
-        axes.axvline(k * steps / episodes, color=INK, lw=0.8, ls=(0, (1, 2)))
+    """Mark where episodes after the first one begin, unless each is one step."""
+    starts = [k * steps / episodes for k in range(1, episodes)] if episodes < steps else []
+    for start in starts:
+        axes.axvline(start, color=INK, lw=0.8, ls=(0, (1, 2)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlim(0, max(steps - 1, 1) * 1.06)
-    axes.set_xlabel("steps of the trial before" + (", episodes dotted" if episodes > 1 else ""))
+    axes.set_xlabel("transitions seen" + (" (dotted: a new episode)" if starts else ""))
 
 
 @styled

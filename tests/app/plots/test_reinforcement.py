@@ -326,5 +326,6 @@ def test_beliefs_are_means_over_latents_and_tasks_by_step():
     assert np.allclose(points[points[:, 0] == 3, 1].max(), high) and max(low, 0) >= 0
     assert labels(axes) == ["each latent", "mean over latents and 9 tasks, 95 % interval"]
     drawn(figure)
+    assert len(rl.beliefs(deviations, None, 12, "Bandits").axes[0].lines) == 4  # each pull is an episode
     drawn(rl.beliefs(deviations[:1, :1], None, 1, "One step of one task"))
     drawn(rl.beliefs(deviations[:1], errors[:1], 3, "One task"))
