@@ -48,6 +48,7 @@ from models.task_embedding.encoders import (
     SetEncoder,
     TaskLabel,
 )
+from models.reinforcement.varibad import VariBAD
 from models.task_embedding.hsml import HSML
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
@@ -81,6 +82,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAMLPolicy,
     PEARL,
     Conditioned,
+    VariBAD,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -148,6 +150,7 @@ __all__ = [
     "TrainedEmbedding",
     "UnitLength",
     "UpdateRule",
+    "VariBAD",
     "WeightGenerator",
     "load",
 ]

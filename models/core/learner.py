@@ -347,8 +347,12 @@ class MetaLearner(pl.LightningModule):
         metrics = self.stage_metrics("test").compute()
         self.log_dict({f"test/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer is made with: the parameters that are trained, or groups with rates of their own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
+        trained = self.parameter_groups()
         if not trained:
             raise ConfigError("this learner has no parameters beside its frozen backbone: there is nothing to train")
         optimizer = self.optimizer(trained)

@@ -163,6 +163,16 @@ AGENTS = {
         *("--data", "datamodules.PointRobot", "--data.horizon", "4", "--data.episodes", "3"),
         *("--data.train_tasks", "5", "--data.meta_batch_size", "4"),
     ],
+    "VariBAD": [
+        *("--model", "models.VariBAD", "--model.observations", "2", "--model.actions", "2"),
+        *("--model.discrete", "false", "--model.embedding", "5", "--model.minibatches", "2"),
+        *("--model.latents", "3", "--model.encoder_hidden", "6", "--model.embeddings", "[4, 3, 2]"),
+        *("--model.decoder_hidden", "[6, 5]", "--model.state_weight", "0.5", "--model.hidden", "[8, 7]"),
+        *("--model.vae_batch", "5", "--model.vae_updates", "2", "--model.buffer", "10"),
+        *("--model.elbo_terms", "7", "--model.decoded_steps", "6"),
+        *("--data", "datamodules.PointRobot", "--data.horizon", "4", "--data.episodes", "2"),
+        *("--data.meta_batch_size", "4"),
+    ],
 }
 LEARNERS = ALGORITHMS | REGRESSORS | AGENTS
 # What has nothing to train.
@@ -186,6 +196,7 @@ NOISELESS = {
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
     "RL2": ["--model.minibatches", "1"],
+    "VariBAD": ["--model.minibatches", "1"],
     # Along flat directions conjugate gradients make rounding errors grow.
     "MAMLPolicyTRPO": ["--model.damping", "0.1"],
     "MetaGAN": ["--model.gan.stochastic", "false"],
