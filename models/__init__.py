@@ -14,6 +14,7 @@ from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
 from models.metric.relation_net import RelationNet
 from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, ResNet
+from models.networks.convolutional import ConvEncoder
 from models.networks.wrappers import Averaged, UnitLength
 from models.optimization.anil import ANIL
 from models.optimization.imaml import IMAML
@@ -28,6 +29,7 @@ from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
 from models.task_embedding.hsml import HSML
+from models.task_embedding.neural_statistician import NeuralStatistician
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -51,6 +53,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     RL2,
     MAMLPolicy,
     PEARL,
+    NeuralStatistician,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
@@ -77,6 +80,7 @@ __all__ = [
     "Baseline",
     "Conv2",
     "Conv4",
+    "ConvEncoder",
     "Learn2Learn",
     "MAMLPolicy",
     "MDPStrategy",
@@ -87,6 +91,7 @@ __all__ = [
     "MetaSGD",
     "NearestNeighbour",
     "Network",
+    "NeuralStatistician",
     "Pretrained",
     "ProtoNet",
     "ReinforcementLearner",

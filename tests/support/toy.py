@@ -100,6 +100,14 @@ ALGORITHMS = {
         *("--model", "models.SNAIL", *BACKBONE, "--model.labels", "4", "--model.filters", "8"),
         *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
     ],
+    "NeuralStatistician": [
+        *("--model", "models.NeuralStatistician", "--model.backbone", "models.ConvEncoder"),
+        *("--model.backbone.widths", "[6, 8]", "--model.backbone.convs", "1", "--model.backbone.image_size", "16"),
+        *("--model.context", "6", "--model.latents", "3", "--model.hidden", "8", "--model.layers", "2"),
+        *("--model.widths", "[6, 8]", "--model.convs", "2"),
+        # As published; the loss is a sum over pixels.
+        *("--trainer.gradient_clip_val", "0.5", "--trainer.gradient_clip_algorithm", "value"),
+    ],
 }
 BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
 CHAINS = [
@@ -147,6 +155,7 @@ NOISELESS = {
         *("--model.hyperprior_weight", "0"),
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
+    "NeuralStatistician": ["--model.stochastic", "false"],
     "RL2": ["--model.minibatches", "1"],
     # Along flat directions conjugate gradients make rounding errors grow.
     "MAMLPolicyTRPO": ["--model.damping", "0.1"],
