@@ -30,6 +30,7 @@ from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
 from models.task_embedding.hsml import HSML
 from models.task_embedding.neural_statistician import NeuralStatistician
+from models.task_embedding.probabilistic_task_model import ProbabilisticTaskModel
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -54,6 +55,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAMLPolicy,
     PEARL,
     NeuralStatistician,
+    ProbabilisticTaskModel,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
@@ -93,6 +95,7 @@ __all__ = [
     "Network",
     "NeuralStatistician",
     "Pretrained",
+    "ProbabilisticTaskModel",
     "ProtoNet",
     "ReinforcementLearner",
     "RelationNet",

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def standard_normal(like: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+    """Standard normal noise of a tensor's shape, new at every call, or a generator's."""
+    if rng is None:
+        return torch.randn_like(like)
+    # By numpy, since what torch draws depends on the tasks that are mapped together, and on the device.
+    return torch.from_numpy(rng.standard_normal(like.shape)).to(like.device, like.dtype)
 
 
 class Gaussian(NamedTuple):
@@ -34,3 +44,7 @@ class Gaussian(NamedTuple):
         ratio = self.log_variance - other.log_variance
         distance = (self.mean - other.mean).square() * (-other.log_variance).exp()
         return 0.5 * (ratio.exp() + distance - 1 - ratio).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """In nats, over d."""
+        return 0.5 * (1 + math.log(2 * math.pi) + self.log_variance).sum(-1)

@@ -108,6 +108,10 @@ ALGORITHMS = {
         # As published; the loss is a sum over pixels.
         *("--trainer.gradient_clip_val", "0.5", "--trainer.gradient_clip_algorithm", "value"),
     ],
+    "ProbabilisticTaskModel": [
+        *("--model", "models.ProbabilisticTaskModel", *BACKBONE, "--model.latents", "4", "--model.themes", "3"),
+        *("--model.widths", "[4, 6]", "--model.theme_rate", "0.01"),
+    ],
 }
 BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
 CHAINS = [
@@ -156,6 +160,7 @@ NOISELESS = {
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
     "NeuralStatistician": ["--model.stochastic", "false"],
+    "ProbabilisticTaskModel": ["--model.stochastic", "false"],
     "RL2": ["--model.minibatches", "1"],
     # Along flat directions conjugate gradients make rounding errors grow.
     "MAMLPolicyTRPO": ["--model.damping", "0.1"],
