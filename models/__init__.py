@@ -28,6 +28,7 @@ from models.reinforcement.maml_policy import MAMLPolicy
 from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
+from models.task_embedding.bigan import BiGAN
 from models.task_embedding.hsml import HSML
 from models.task_embedding.neural_statistician import NeuralStatistician
 from models.task_embedding.probabilistic_task_model import ProbabilisticTaskModel
@@ -56,6 +57,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     PEARL,
     NeuralStatistician,
     ProbabilisticTaskModel,
+    BiGAN,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
@@ -80,6 +82,7 @@ __all__ = [
     "Averaged",
     "BanditStrategy",
     "Baseline",
+    "BiGAN",
     "Conv2",
     "Conv4",
     "ConvEncoder",

@@ -112,6 +112,10 @@ ALGORITHMS = {
         *("--model", "models.ProbabilisticTaskModel", *BACKBONE, "--model.latents", "4", "--model.themes", "3"),
         *("--model.widths", "[4, 6]", "--model.theme_rate", "0.01"),
     ],
+    "BiGAN": [
+        *("--model", "models.BiGAN", *BACKBONE, "--model.codes", "4", "--model.noise", "2", "--model.hidden", "8"),
+        *("--model.widths", "[4, 6]"),
+    ],
 }
 BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
 CHAINS = [
@@ -159,6 +163,7 @@ NOISELESS = {
         *("--model.hyperprior_weight", "0"),
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
+    "BiGAN": ["--model.stochastic", "false"],
     "NeuralStatistician": ["--model.stochastic", "false"],
     "ProbabilisticTaskModel": ["--model.stochastic", "false"],
     "RL2": ["--model.minibatches", "1"],
