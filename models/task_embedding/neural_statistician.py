@@ -17,7 +17,7 @@ from models.core.inner_loop import class_means
 from models.core.learner import Paper
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import normalize_by, recording
-from models.networks.gaussians import Gaussian
+from models.networks.gaussians import Gaussian, standard_normal
 from models.task_embedding.statistician_networks import (
     BernoulliDecoder,
     ContextNetwork,
@@ -123,7 +123,7 @@ class NeuralStatistician(EmbeddingLearner):
 
     def draw(self, q: Gaussian) -> Tensor:
         """A sample of each row."""
-        return q.sample(torch.randn_like(q.mean)) if self.stochastic else q.mean
+        return q.sample(standard_normal(q.mean)) if self.stochastic else q.mean
 
     def bound(self, h: Tensor, z: Tensor, sets: Support) -> tuple[Tensor, Tensor, Tensor]:
         """The parts of the evidence lower bound (eq. 7) of sets, with one sample of c and of each z.
@@ -161,14 +161,16 @@ class NeuralStatistician(EmbeddingLearner):
         loss = -(self.weight * reconstruction - kl / self.weight)
         return loss, prediction, {"metrics": {name: value.detach() for name, value in metrics.items()}}
 
+    def generate(self, c: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """An example (n, *input) of each context (n, context): a mean of p(x | c, z) of images, a sample of vectors."""
+        p_z = self.prior(c)
+        return self.decoder.example(p_z.sample(standard_normal(p_z.mean, rng)), c, rng)
+
     def generated_images(self, support: Support, count: int) -> Tensor | None:
-        """Of the classes in turn: means of p(x | c, z), c being that of q(c | D_k) and z drawn from p(z | c)."""
+        """Of the classes in turn, whose contexts are the means of q(c | D_k)."""
         if len(support.x.shape) != 4:
             return None
         with normalize_by(self.statistics_source):
             c = self.summarize(self.embed(support.x), support).mean
             c = c[torch.arange(count, device=c.device) % support.ways]
-            q_z = self.prior(c)
-            noise = np.random.default_rng(0).standard_normal(q_z.mean.shape)  # the same at every call
-            z = q_z.sample(torch.from_numpy(noise).to(q_z.mean))
-            return self.decoder(z, c).sigmoid().to(support.x.dtype)
+            return self.generate(c, np.random.default_rng(0)).to(support.x.dtype)  # the same at every call

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.networks.batch_norm import BatchNorm
 from models.networks.convolutional import ConvDecoder
-from models.networks.gaussians import Gaussian
+from models.networks.gaussians import Gaussian, standard_normal
 
 
 class Normalized(nn.Module):
@@ -100,6 +101,10 @@ class BernoulliDecoder(nn.Module):
         """Logits (N, C, H, W)."""
         return self.images(F.elu(self.of_z(z) + self.of_c(c)))
 
+    def example(self, z: Tensor, c: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """The mean of p(x | c, z), (N, C, H, W)."""
+        return self(z, c).sigmoid()
+
     def log_likelihood(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
         """log p(x | c, z), (N,), nats."""
         logits = self(z, c)
@@ -119,6 +124,11 @@ class GaussianDecoder(nn.Module):
         """Of (N, outputs)."""
         mean, log_variance = Gaussian.of(self.last(self.residual(F.elu(self.of_z(z) + self.of_c(c)))))
         return Gaussian(mean, log_variance.clamp(-4, 3))
+
+    def example(self, z: Tensor, c: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """A sample of p(x | c, z), (N, outputs)."""
+        p = self(z, c)
+        return p.sample(standard_normal(p.mean, rng))
 
     def log_likelihood(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
         """log p(x | c, z), (N,), nats."""
