@@ -41,7 +41,7 @@ def bigan() -> BiGAN:
 
 
 def statistician() -> NeuralStatistician:
-    return NeuralStatistician(MLP(2, []), context=1, latents=1, hidden=32, layers=1, epoch=100)
+    return NeuralStatistician(MLP(2, []), context=1, latents=1, hidden=32, layers=1, alpha=0)
 
 
 def train(learner: BiGAN | NeuralStatistician, steps: int, rate: float, seed: int = 0, batch: int = 64) -> None:

@@ -35,7 +35,7 @@ class NeuralStatistician(EmbeddingLearner):
     The model is p(c) Π p(z | c) p(x | c, z), p(c) standard normal; the statistic network q(c | D) sees the mean over
     the set's examples (section 3.3). A class is a set: in meta-training, all examples of each of a task's classes,
     support and queries together, so that 32 ways of 5 examples are the paper's batch of 32 sets of 5. It minimises
-    -(w · reconstruction - KL / w) by set and example, w = 1 + α, where α starts at 1 and halves every ``epoch``
+    -(w · reconstruction - KL / w) by set and example, w = 1 + α, where α starts at ``alpha`` and halves every ``epoch``
     (section 4, and the reference code).
 
     A query belongs to the class k of the least KL(q(c | D_k) ‖ q(c | x)) (section 4.3). Logits are minus these
@@ -49,6 +49,7 @@ class NeuralStatistician(EmbeddingLearner):
         layers: dense layers of the residual block in q(z | c, x) and p(z | c).
         widths: filters of the decoder's blocks, the last one first; images alone.
         convs: convolutions of each of its blocks, the transposed one included; images alone.
+        alpha: α at the start, 0 or more; 0 is the evidence lower bound itself.
         epoch: meta-updates after which α halves. The reference has 4 sets of 5 of each of some 1,200 characters, all
             of them once more turned, and 32 in an update: 300.
         stochastic: draw c and z in training; False takes their means.
@@ -74,12 +75,14 @@ class NeuralStatistician(EmbeddingLearner):
         layers: int = 3,
         widths: Sequence[int] = (64, 128, 256),
         convs: int = 3,
+        alpha: float = 1.0,
         epoch: int = 300,
         stochastic: bool = True,
         **others: Any,
     ) -> None:
         super().__init__(backbone, **others)
         at_least(1, context=context, latents=latents, hidden=hidden, layers=layers, epoch=epoch)
+        at_least(0, alpha=alpha)
         features, shape = backbone.out_features, backbone.input_shape
         self.instance = Normalized(features, hidden)
         self.context = ContextNetwork(hidden, context)
@@ -91,12 +94,12 @@ class NeuralStatistician(EmbeddingLearner):
         else:
             self.decoder = GaussianDecoder(shape[0], context, latents, hidden, layers)
         self.apply(initialize)
-        self.epoch, self.stochastic = epoch, stochastic
+        self.alpha, self.epoch, self.stochastic = alpha, epoch, stochastic
 
     @property
     def weight(self) -> float:
         """w = 1 + α at the present meta-update."""
-        return 1 + 0.5 ** (self.meta_updates // self.epoch)
+        return 1 + self.alpha * 0.5 ** (self.meta_updates // self.epoch)
 
     @property
     def embedding_size(self) -> int:

@@ -126,16 +126,16 @@ def test_the_closed_form_of_the_family():
 
 def test_the_encoder_learns_the_posterior_mean_and_inverts_the_generator():
     """Catches a game that teaches nothing, or another relation between codes and sets: without training, or with a code
-    that says nothing, both errors are near 1; the exact ones are 0 and 0.03. Seeds differ: 0.2 to 0.6 and 0.05 to 0.4
-    after this many steps."""
+    that says nothing, both errors are near 1; the exact ones are 0 and 0.03, and after 1,000 steps four seeds have 0.04
+    to 0.15 and 0.025 to 0.05."""
     torch.manual_seed(0)
     learner = bigan()
     before = measure(learner)
-    train(learner, 700, 5e-3)
+    train(learner, 1000, 5e-3)
     after = measure(learner)
     assert before["posterior_error"] > 0.7 and before["cycle_error"] > 0.7
-    assert after["posterior_error"] < 0.5
-    assert after["cycle_error"] < 0.25
+    assert after["posterior_error"] < 0.3
+    assert after["cycle_error"] < 0.12
 
 
 def test_the_task_embedding_is_of_the_whole_set():
