@@ -27,6 +27,7 @@ from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
 from models.metric.relation_net import RelationNet
 from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, ResNet
+from models.networks.convolutional import ConvEncoder
 from models.networks.wrappers import Averaged, UnitLength
 from models.optimization.anil import ANIL
 from models.optimization.imaml import IMAML
@@ -49,7 +50,10 @@ from models.task_embedding.encoders import (
     TaskLabel,
 )
 from models.reinforcement.varibad import VariBAD
+from models.task_embedding.bigan import BiGAN
 from models.task_embedding.hsml import HSML
+from models.task_embedding.neural_statistician import NeuralStatistician
+from models.task_embedding.probabilistic_task_model import ProbabilisticTaskModel
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -83,6 +87,9 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     PEARL,
     Conditioned,
     VariBAD,
+    NeuralStatistician,
+    ProbabilisticTaskModel,
+    BiGAN,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -123,6 +130,10 @@ __all__ = [
     "Experts",
     "GaussianProcess",
     "GradientMeans",
+    "BiGAN",
+    "Conv2",
+    "Conv4",
+    "ConvEncoder",
     "Learn2Learn",
     "LowRank",
     "MAMLPolicy",
@@ -135,7 +146,9 @@ __all__ = [
     "Modulation",
     "NearestNeighbour",
     "Network",
+    "NeuralStatistician",
     "Pretrained",
+    "ProbabilisticTaskModel",
     "ProtoNet",
     "PrototypeMean",
     "Rates",

@@ -136,6 +136,21 @@ REGRESSORS = {
     "TNP": [
         *("--model", "models.TNP", "--model.size", "8", "--model.depth", "2", "--model.heads", "2"),
         *("--model.feedforward", "8", *SINUSOIDS),
+    "NeuralStatistician": [
+        *("--model", "models.NeuralStatistician", "--model.backbone", "models.ConvEncoder"),
+        *("--model.backbone.widths", "[6, 8]", "--model.backbone.convs", "1", "--model.backbone.image_size", "16"),
+        *("--model.context", "6", "--model.latents", "3", "--model.hidden", "8", "--model.layers", "2"),
+        *("--model.widths", "[6, 8]", "--model.convs", "2"),
+        # As published; the loss is a sum over pixels.
+        *("--trainer.gradient_clip_val", "0.5", "--trainer.gradient_clip_algorithm", "value"),
+    ],
+    "ProbabilisticTaskModel": [
+        *("--model", "models.ProbabilisticTaskModel", *BACKBONE, "--model.latents", "4", "--model.themes", "3"),
+        *("--model.widths", "[4, 6]", "--model.theme_rate", "0.01"),
+    ],
+    "BiGAN": [
+        *("--model", "models.BiGAN", *BACKBONE, "--model.codes", "4", "--model.noise", "2", "--model.hidden", "8"),
+        *("--model.widths", "[4, 6]"),
     ],
 }
 BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
@@ -195,6 +210,9 @@ NOISELESS = {
         *("--model.hyperprior_weight", "0"),
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
+    "BiGAN": ["--model.stochastic", "false"],
+    "NeuralStatistician": ["--model.stochastic", "false"],
+    "ProbabilisticTaskModel": ["--model.stochastic", "false"],
     "RL2": ["--model.minibatches", "1"],
     "VariBAD": ["--model.minibatches", "1"],
     # Along flat directions conjugate gradients make rounding errors grow.
