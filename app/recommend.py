@@ -99,13 +99,17 @@ def held_out(matrix: Matrix, share: float, probes: int, seed: int) -> dict[str, 
     content["models"] = {
         name: facts_of(*found[name])
         | {
-            "rmse": trial.errors[name].square().mean().sqrt().item(),
-            "coverage": trial.covered[name],
+            "rmse": _known(trial.errors[name].square().mean().sqrt().item()),
+            "coverage": _known(trial.covered[name]),
             "probed": dict(zip(matrix.names, (trial.probed[name] / count).tolist(), strict=True)),
         }
         for name in models
     }
     return content
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _regrets(trial: Trial) -> list[dict[str, Any]]:
@@ -139,6 +143,8 @@ def show_held_out(content: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print("mean ± 95 % interval over tasks, differences paired by task; * it excludes zero", highlight=False)
     for name, facts in content["models"].items():
+        if facts["rmse"] is None:  # every learner was measured
+            continue
         told = f"{name}: error of unmeasured entries {100 * facts['rmse']:.2f} points (root mean square), "
         console.print(told + f"{100 * facts['coverage']:.1f} % of them in their 95 % intervals", highlight=False)
 
@@ -401,6 +407,8 @@ def refuse_options(options: argparse.Namespace) -> None:
     """
     if (options.support is None) == (options.held_out is None):
         raise ConfigError("give --support, a folder of pictures, or --held_out, a share of the tasks: one of the two")
+    if options.held_out is not None and not 0 < options.held_out < 1:
+        raise ConfigError(f"--held_out is {options.held_out} but must be a share, between 0 and 1")
     for name in ("probes", "splits", "shots"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name} is {value} but must be at least 1")

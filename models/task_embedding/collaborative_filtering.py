@@ -130,6 +130,11 @@ def with_constant(factors: Tensor) -> Tensor:
     return torch.cat([factors, torch.ones(len(factors), 1, dtype=factors.dtype)], 1)
 
 
+def prediction_error(entries: float, parameters: int) -> float:
+    """The variance of others over that of so many entries which so many numbers were fitted to (Akaike, 1969)."""
+    return (entries + parameters) / (entries - parameters)
+
+
 class MatrixFactorization(ColumnModel):
     """Probabilistic matrix factorisation (Salakhutdinov and Mnih, NIPS 2007): y_nt = m + b_n + c_t + u_n·v_t + noise.
 
@@ -143,7 +148,7 @@ class MatrixFactorization(ColumnModel):
         sweeps: at most so many over both sides.
     """
 
-    def __init__(self, rank: int = 3, penalty: float = 0.3, sweeps: int = 300) -> None:
+    def __init__(self, rank: int = 3, penalty: float = 0.3, sweeps: int = 100) -> None:
         at_least(0, rank=rank)
         at_least(1, sweeps=sweeps)
         if not penalty > 0:
@@ -184,7 +189,7 @@ class MatrixFactorization(ColumnModel):
         found = ridge_regression(with_constant(self.column_factors), (around - self.column_biases).T, self.penalty)
         self.row_factors, self.row_biases = found[:, :-1], found[:, -1]
 
-    def _learn_prior(self, around: Tensor, iterations: int = 200) -> None:
+    def _learn_prior(self, around: Tensor, iterations: int = 100) -> None:
         """Mean and covariance of the tasks' factors and σ², by expectation maximisation with the learners fixed."""
         target = around - self.row_biases[:, None]
         seen = (~target.isnan()).double()
@@ -207,9 +212,9 @@ class MatrixFactorization(ColumnModel):
             errors = ((target - features @ factors.T) * seen).square().sum() + (gram * covariance).sum()
             variance = (errors / count).clamp(min=1e-9)
         self.factors, self.factor_covariances = factors, covariance
-        # Learners' factors were fitted to the same entries: Akaike's final prediction error (1969).
-        of_row = (count / len(features)).item()
-        self.noise = variance.item() * (of_row + width) / (of_row - width)
+        # What other tasks will show varies more than what was fitted to these, by their number.
+        self.prior_covariance = self.prior_covariance * prediction_error(tasks, 1)
+        self.noise = variance.item() * prediction_error((count / len(features)).item(), width)
 
     def smooth(self) -> tuple[Tensor, Tensor]:
         features = with_constant(self.row_factors)
@@ -245,12 +250,13 @@ class GPLVM(ColumnModel):
         rate: its learning rate.
     """
 
-    def __init__(self, latents: int = 3, steps: int = 400, rate: float = 0.03) -> None:
+    def __init__(self, latents: int = 3, steps: int = 300, rate: float = 0.05) -> None:
         at_least(1, latents=latents, steps=steps)
         self.latents, self.steps, self.rate = latents, steps, rate
 
     def fit(self, matrix: Tensor) -> Self:
         matrix = matrix.double()
+        at_least(self.latents + 2, tasks=int((~matrix.isnan()).sum(1).min()))
         self.means = matrix.nanmean(1)
         around = matrix - self.means[:, None]
         # Tasks whose entries are measured of the same learners share their covariance: the sum of their squares, and
@@ -265,7 +271,7 @@ class GPLVM(ColumnModel):
         variance = around.nan_to_num().square().sum() / self.seen.sum(1).dot(self.counts)
         self.log_scales = torch.zeros(self.x.shape[1], dtype=torch.float64, requires_grad=True)
         self.log_variance = (0.5 * variance).clamp(min=1e-6).log().detach().requires_grad_()
-        self.log_noise = (0.5 * variance).clamp(min=1e-6).log().detach().requires_grad_()
+        self.log_noise = (0.1 * variance).clamp(min=1e-6).log().detach().requires_grad_()
         parameters = [self.x, self.log_scales, self.log_variance, self.log_noise]
         optimizer = torch.optim.Adam(parameters, lr=self.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
@@ -278,7 +284,8 @@ class GPLVM(ColumnModel):
                 schedule.step()
         for parameter in parameters:
             parameter.requires_grad_(False)
-        self.noise = self.log_noise.exp().item()
+        entries = self.seen.sum(1).dot(self.counts).item() / len(matrix)
+        self.noise = self.log_noise.exp().item() * prediction_error(entries, self.x.shape[1] + 1)
         return self
 
     def kernel(self) -> Tensor:
@@ -309,7 +316,7 @@ def held_out_error(model: ColumnModel, matrix: Tensor, probes: int, folds: int =
     Args:
         model: is fitted anew for every fold of tasks.
         matrix: (N, T).
-        probes: entries of a held-out task that are known, at random.
+        probes: entries of a held-out task that are known, at random; less where none would be left.
         folds: that the tasks are divided into.
         seed: of the folds and of the known entries.
     """
@@ -321,7 +328,8 @@ def held_out_error(model: ColumnModel, matrix: Tensor, probes: int, folds: int =
         for column in matrix[:, fold == number].unbind(1):
             seen = (~column.isnan()).nonzero()[:, 0]
             order = seen[torch.randperm(len(seen), generator=generator)]
-            known, rest = order[:probes].tolist(), order[probes:]
+            given = max(0, min(probes, len(order) - 1))
+            known, rest = order[:given].tolist(), order[given:]
             mean = prior.given(known, column[known]).mean if known else prior.mean
             errors.append((mean - column)[rest].square())
     return torch.cat(errors).mean().sqrt().item()
@@ -330,10 +338,11 @@ def held_out_error(model: ColumnModel, matrix: Tensor, probes: int, folds: int =
 def choose(
     candidates: Sequence[ColumnModel], matrix: Tensor, probes: int, seed: int = 0
 ) -> tuple[ColumnModel, list[float]]:
-    """The candidate of the least ``held_out_error``, fitted to the whole matrix; and the errors of all."""
+    """The first candidate whose ``held_out_error`` is the least or 2 % above, fitted to the whole matrix; and
+    the errors of all. The simplest are to come first."""
     errors = [held_out_error(model, matrix, probes, seed=seed) for model in candidates]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    return candidates[best].fit(matrix), errors
+    best = next(model for model, error in zip(candidates, errors, strict=True) if error <= 1.02 * min(errors))
+    return best.fit(matrix), errors
 
 
 def factorizations(learners: int, tasks: int) -> list[ColumnModel]:

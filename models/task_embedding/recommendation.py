@@ -69,7 +69,7 @@ class Trial:
     Attributes:
         accuracy: by the name of a way to decide, what the chosen learner has on the judging half of each task, (T,).
         errors: by model, entries that were neither measured nor known less what was expected of them.
-        covered: by model, the share of those in the 95 % interval.
+        covered: by model, the share of those in the 95 % interval; nan where there are none.
         probed: by model, how often each learner was measured, (N,).
     """
 
