@@ -10,6 +10,7 @@ from datamodules.images.multi_domain import Domain, ImageMixture
 from datamodules.images.omniglot import Omniglot
 from datamodules.images.tasks import ImageDataModule
 from datamodules.regression.functions import FourFamily, HarderSinusoid, Linear, Sinusoid
+from datamodules.regression.quadratics import Quadratics
 from datamodules.reinforcement.bandits import Bandits
 from datamodules.reinforcement.environments import EnvironmentDataModule
 from datamodules.reinforcement.gymnasium_tasks import GymnasiumTasks
@@ -27,6 +28,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HarderSinusoid,
     Linear,
     FourFamily,
+    Quadratics,
     Bandits,
     TabularMDPs,
     PointRobot,
@@ -56,6 +58,7 @@ __all__ = [
     "Linear",
     "Omniglot",
     "PointRobot",
+    "Quadratics",
     "Sinusoid",
     "Support",
     "TabularMDPs",

@@ -6,6 +6,7 @@ from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
+from models.conditioning.alfa import ALFA
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained
 from models.generative.metagan import MetaGAN, MetaGANRelation
@@ -17,8 +18,10 @@ from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, R
 from models.networks.wrappers import Averaged, UnitLength
 from models.optimization.anil import ANIL
 from models.optimization.imaml import IMAML
+from models.optimization.learned_optimizer import LearnedOptimizer
 from models.optimization.leo import LEO
 from models.optimization.maml import MAML
+from models.optimization.meta_lstm import MetaLSTM
 from models.optimization.meta_sgd import MetaSGD
 from models.optimization.reptile import Reptile
 from models.reinforcement.bandit_strategies import BanditStrategy
@@ -35,6 +38,9 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MetaSGD,
     Reptile,
     IMAML,
+    ALFA,
+    MetaLSTM,
+    LearnedOptimizer,
     BMAML,
     ABML,
     HSML,
@@ -60,6 +66,7 @@ load = MetaLearner.load_from_checkpoint
 
 __all__ = [
     "ABML",
+    "ALFA",
     "ALGORITHMS",
     "ANIL",
     "BMAML",
@@ -78,11 +85,13 @@ __all__ = [
     "Conv2",
     "Conv4",
     "Learn2Learn",
+    "LearnedOptimizer",
     "MAMLPolicy",
     "MDPStrategy",
     "MatchingNet",
     "MetaGAN",
     "MetaGANRelation",
+    "MetaLSTM",
     "MetaLearner",
     "MetaSGD",
     "NearestNeighbour",
