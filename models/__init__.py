@@ -15,6 +15,7 @@ from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
+from models.conditioning.alfa import ALFA
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -31,8 +32,10 @@ from models.networks.convolutional import ConvEncoder
 from models.networks.wrappers import Averaged, UnitLength
 from models.optimization.anil import ANIL
 from models.optimization.imaml import IMAML
+from models.optimization.learned_optimizer import LearnedOptimizer
 from models.optimization.leo import LEO
 from models.optimization.maml import MAML
+from models.optimization.meta_lstm import MetaLSTM
 from models.optimization.meta_sgd import MetaSGD
 from models.optimization.reptile import Reptile
 from models.reinforcement.bandit_strategies import BanditStrategy
@@ -61,6 +64,9 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MetaSGD,
     Reptile,
     IMAML,
+    ALFA,
+    MetaLSTM,
+    LearnedOptimizer,
     BMAML,
     ABML,
     HSML,
@@ -99,6 +105,7 @@ load = MetaLearner.load_from_checkpoint
 
 __all__ = [
     "ABML",
+    "ALFA",
     "ALGORITHMS",
     "ANIL",
     "ANP",
@@ -136,11 +143,13 @@ __all__ = [
     "ConvEncoder",
     "Learn2Learn",
     "LowRank",
+    "LearnedOptimizer",
     "MAMLPolicy",
     "MDPStrategy",
     "MatchingNet",
     "MetaGAN",
     "MetaGANRelation",
+    "MetaLSTM",
     "MetaLearner",
     "MetaSGD",
     "Modulation",

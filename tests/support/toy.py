@@ -78,6 +78,23 @@ ALGORITHMS = {
         *("--model", "models.HSML", *BACKBONE, "--model.outputs", "3", "--model.inner_rate", "0.01"),
         *("--model.inner_steps", "2", "--model.features", "8", "--model.hidden", "6"),
     ],
+    "ALFA": [
+        *("--model", "models.ALFA", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *("--model.inner_rate", "0.1", "--model.code_size", "2"),
+    ],
+    "MetaLSTM": [
+        *("--model", "models.MetaLSTM", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "3"),
+        *("--model.hidden", "4"),
+    ],
+    "LearnedOptimizer": [
+        *("--model", "models.LearnedOptimizer", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "4"),
+        *("--model.window", "2", "--model.eval_inner_steps", "6", "--model.scale", "0.1"),
+    ],
+    "LearnedOptimizerPES": [
+        *("--model", "models.LearnedOptimizer", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "4"),
+        *("--model.window", "2", "--model.eval_inner_steps", "6", "--model.scale", "0.1"),
+        *("--model.estimator", "pes"),
+    ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "Baseline": [
         *("--model", "models.Baseline", *BACKBONE, "--model.classes", "12"),
@@ -213,6 +230,9 @@ NOISELESS = {
     "BiGAN": ["--model.stochastic", "false"],
     "NeuralStatistician": ["--model.stochastic", "false"],
     "ProbabilisticTaskModel": ["--model.stochastic", "false"],
+    "LearnedOptimizer": ["--model.random_start", "false"],
+    # What estimates a gradient by noise is compared by the gradient.
+    "LearnedOptimizerPES": ["--model.random_start", "false", "--model.estimator", "gradient"],
     "RL2": ["--model.minibatches", "1"],
     "VariBAD": ["--model.minibatches", "1"],
     # Along flat directions conjugate gradients make rounding errors grow.
