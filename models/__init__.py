@@ -27,6 +27,7 @@ from models.reinforcement.maml_policy import MAMLPolicy
 from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
+from models.task_embedding.cavia import CAVIA
 from models.task_embedding.hsml import HSML
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
@@ -38,6 +39,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     BMAML,
     ABML,
     HSML,
+    CAVIA,
     ProtoNet,
     MatchingNet,
     RelationNet,
@@ -63,6 +65,7 @@ __all__ = [
     "ALGORITHMS",
     "ANIL",
     "BMAML",
+    "CAVIA",
     "HSML",
     "IMAML",
     "LEO",

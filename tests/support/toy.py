@@ -71,6 +71,10 @@ ALGORITHMS = {
         *("--model", "models.HSML", *BACKBONE, "--model.outputs", "3", "--model.inner_rate", "0.01"),
         *("--model.inner_steps", "2", "--model.features", "8", "--model.hidden", "6"),
     ],
+    "CAVIA": [
+        *("--model", "models.CAVIA", *BACKBONE, "--model.backbone.downsample", "pool", "--model.outputs", "3"),
+        *("--model.conditioning", "film", "--model.context_size", "6", "--model.inner_steps", "2"),
+    ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "Baseline": [
         *("--model", "models.Baseline", *BACKBONE, "--model.classes", "12"),
