@@ -84,8 +84,8 @@ class Contextual(Around):
 class CAVIA(GradientLearner):
     """Adapts a context vector φ alone, from zero for every task; all parameters are shared and meta-learned.
 
-    φ ← φ − α ∇ L_support(φ), from φ = 0 (eq. 6); the meta-gradient by the shared parameters passes through all steps
-    (eq. 7). The adapted context is the task's embedding.
+    φ ← φ − α ∇ L_support(φ), from φ = 0; the meta-gradient by the shared parameters passes through all steps.
+    The adapted context is the task's embedding.
 
     Args:
         backbone: the base learner without its head; with a concatenated context its inputs are those of the data and
