@@ -9,7 +9,7 @@ from datamodules.images.learn2learn_tasksets import Learn2LearnTasksets
 from datamodules.images.multi_domain import Domain, ImageMixture
 from datamodules.images.omniglot import Omniglot
 from datamodules.images.tasks import ImageDataModule
-from datamodules.regression.functions import FourFamily, HarderSinusoid, Linear, Sinusoid
+from datamodules.regression.functions import FiveFamily, FourFamily, HarderSinusoid, Linear, Sinusoid
 from datamodules.reinforcement.bandits import Bandits
 from datamodules.reinforcement.environments import EnvironmentDataModule
 from datamodules.reinforcement.gymnasium_tasks import GymnasiumTasks
@@ -27,6 +27,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HarderSinusoid,
     Linear,
     FourFamily,
+    FiveFamily,
     Bandits,
     TabularMDPs,
     PointRobot,
@@ -43,6 +44,7 @@ __all__ = [
     "EnvironmentDataModule",
     "Episodes",
     "EpisodicDataModule",
+    "FiveFamily",
     "FourFamily",
     "Glyphs",
     "GymnasiumTasks",

@@ -6,8 +6,16 @@ from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
+from models.conditioning.caml import CAML
+from models.conditioning.cnaps import CNAPs
+from models.conditioning.conditioned import Conditioned
+from models.conditioning.initialization import Attenuation, EmbeddingRows, Experts, LowRank
+from models.conditioning.modulation import Modulation
+from models.conditioning.optimization import Rates, UpdateRule
+from models.conditioning.simple_cnaps import SimpleCNAPs
+from models.conditioning.tadam import TADAM
 from models.core.learner import MetaLearner
-from models.core.pretrained import Pretrained
+from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.metagan import MetaGAN, MetaGANRelation
 from models.memory.snail import SNAIL
 from models.metric.matching_net import MatchingNet
@@ -28,6 +36,14 @@ from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
 from models.task_embedding.cavia import CAVIA
+from models.task_embedding.encoders import (
+    ConstantEmbedding,
+    GradientMeans,
+    PrototypeMean,
+    RecurrentEncoder,
+    SetEncoder,
+    TaskLabel,
+)
 from models.task_embedding.hsml import HSML
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
@@ -50,9 +66,14 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NearestNeighbour,
     LEO,
     WeightGenerator,
+    TADAM,
+    CNAPs,
+    SimpleCNAPs,
+    CAML,
     RL2,
     MAMLPolicy,
     PEARL,
+    Conditioned,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
@@ -66,6 +87,7 @@ __all__ = [
     "ANIL",
     "BMAML",
     "CAVIA",
+    "CAML",
     "HSML",
     "IMAML",
     "LEO",
@@ -75,12 +97,21 @@ __all__ = [
     "RL2",
     "SNAIL",
     "STRATEGIES",
+    "TADAM",
+    "Attenuation",
     "Averaged",
     "BanditStrategy",
     "Baseline",
+    "CNAPs",
+    "Conditioned",
+    "ConstantEmbedding",
     "Conv2",
     "Conv4",
+    "EmbeddingRows",
+    "Experts",
+    "GradientMeans",
     "Learn2Learn",
+    "LowRank",
     "MAMLPolicy",
     "MDPStrategy",
     "MatchingNet",
@@ -88,15 +119,24 @@ __all__ = [
     "MetaGANRelation",
     "MetaLearner",
     "MetaSGD",
+    "Modulation",
     "NearestNeighbour",
     "Network",
     "Pretrained",
     "ProtoNet",
+    "PrototypeMean",
+    "Rates",
+    "RecurrentEncoder",
     "ReinforcementLearner",
     "RelationNet",
     "Reptile",
     "ResNet",
+    "SetEncoder",
+    "SimpleCNAPs",
+    "TaskLabel",
+    "TrainedEmbedding",
     "UnitLength",
+    "UpdateRule",
     "WeightGenerator",
     "load",
 ]

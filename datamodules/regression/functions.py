@@ -131,6 +131,51 @@ class FourFamilies:
         return torch.full_like(task["slope"], self.noise)
 
 
+MODES = ("sinusoid", "line", "quadratic", "tanh", "absolute")
+"""Kinds of functions, by the numbers that ``Episodes.task["family"]`` has."""
+Mode = Literal["sinusoid", "line", "quadratic", "tanh", "absolute"]
+
+
+@dataclass(frozen=True)
+class FiveFamilies:
+    """Sinusoids, lines, quadratics, tanh and absolute values, a kind drawn for each task: MMAML's benchmark.
+
+    y = a f(x - c) + b, with f the sine, identity, square, tanh or absolute value.
+
+    Attributes:
+        families: kinds that are drawn, each as often as the others.
+        noise: standard deviation of an observation's noise, in units of y.
+    """
+
+    families: Sequence[Mode]
+    noise: float
+
+    # By kind, what is uniform in which range: a, c and b. The quadratic's a has either sign.
+    ranges: ClassVar[dict[Mode, tuple[Range, Range, Range]]] = {
+        "sinusoid": ((0.1, 5.0), (0.0, math.pi), (0.0, 0.0)),
+        "line": ((-3.0, 3.0), (0.0, 0.0), (-3.0, 3.0)),
+        "quadratic": ((0.02, 0.15), (-3.0, 3.0), (-3.0, 3.0)),
+        "tanh": ((-3.0, 3.0), (-3.0, 3.0), (-3.0, 3.0)),
+        "absolute": ((-3.0, 3.0), (-3.0, 3.0), (-3.0, 3.0)),
+    }
+
+    def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
+        family = np.array([MODES.index(f) for f in self.families])[rng.integers(len(self.families))]
+        low, high = np.array([self.ranges[f] for f in MODES]).transpose(2, 0, 1)[:, family]
+        scale, centre, offset = (low + (high - low) * rng.uniform(0.0, 1.0, 3)).T
+        sign = np.where((rng.uniform() < 0.5) & (family == MODES.index("quadratic")), -1.0, 1.0)
+        return {"family": family, "scale": sign * scale, "centre": centre, "offset": offset}
+
+    def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor:
+        scale, centre, offset, family = (task[n][..., None, None] for n in ("scale", "centre", "offset", "family"))
+        z = x - centre
+        kinds = (z.sin(), z, z.square(), z.tanh(), z.abs())
+        return scale * sum((family == k) * f for k, f in enumerate(kinds)) + offset
+
+    def deviation(self, task: dict[str, Tensor]) -> Tensor:
+        return torch.full_like(task["scale"], self.noise)
+
+
 class RegressionTasks(TaskDistribution):
     """Functions of a family, each observed at uniformly drawn points; episode i is a pure function of (seed, split, i).
 
@@ -344,6 +389,25 @@ class FourFamily(RegressionDataModule):
         if not families or len(set(families)) < len(families):
             raise ValueError(f"families are {list(families)} but must be one or more, each once")
         super().__init__(FourFamilies(families, phase, _deviation(noise)), **common)
+
+
+class FiveFamily(RegressionDataModule):
+    """Sinusoids, lines, quadratics, tanh and absolute values: the benchmark of MMAML (Vuorio et al., NeurIPS 2019).
+
+    The noise is on queries too, so that no squared error can be below its variance, 0.09; ``mse`` is with it.
+
+    Args:
+        families: kinds that tasks are drawn from; their numbers in ``Episodes.task["family"]`` stay those of all five.
+        noise: standard deviation of an observation's noise, in units of y.
+        common: see RegressionDataModule.
+    """
+
+    task_groups = ("family", MODES)
+
+    def __init__(self, families: Sequence[Mode] = MODES, noise: float = 0.3, **common: Any) -> None:
+        if not families or len(set(families)) < len(families):
+            raise ValueError(f"families are {list(families)} but must be one or more, each once")
+        super().__init__(FiveFamilies(families, _deviation(noise)), **common)
 
 
 def _in_order(**ranges: Range) -> None:

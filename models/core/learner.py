@@ -156,6 +156,15 @@ class MetaLearner(pl.LightningModule):
         """What task this is, (embedding_size,), from its support set."""
         raise NotImplementedError
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """What it can be evaluated with in the place of a task's own embedding, by names that ``control`` takes."""
+        return ()
+
+    def control(self, name: str) -> None:
+        """From here on evaluate with this control; see ``controls``."""
+        raise NotImplementedError
+
     def embeddings(self, x: Tensor) -> Tensor | None:
         """Of inputs (N, *input) each by itself, (N, features), to be looked at; None where it has none."""
         return None
@@ -212,19 +221,23 @@ class MetaLearner(pl.LightningModule):
             target, shares = target[rows], None if shares is None else shares[rows]
         return self.loss(prediction, target, shares)
 
-    def map(self, function: Callable[[Task], Any], episodes: Episodes) -> Any:
-        """``function`` of every task of a meta-batch; its tensors come back with a leading (T,)."""
+    def map(self, function: Callable[..., Any], episodes: Episodes, *further: Tensor) -> Any:
+        """``function`` of every task of a meta-batch; its tensors come back with a leading (T,).
 
+        Beside the task it gets its row of each of ``further``, (T, …).
+        """
         e = episodes
+        given = (("unlabelled", e.unlabelled_x), ("group", e.groups), ("classes", e.class_ids))
+        optional = {name: t for name, t in given if t is not None}
 
-        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *known: Tensor) -> Any:
-            more = dict(zip(optional, known, strict=True))
-            return function(Task(Support(support_x, support_y, e.ways, **more), query_x, query_y))
+        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *rows: Tensor) -> Any:
+            known = dict(zip(optional, rows, strict=False))
+            task = Task(Support(support_x, support_y, e.ways, **known), query_x, query_y)
+            return function(task, *rows[len(optional) :])
 
         # In evaluation what a task draws must not depend on which tasks it is mapped with.
         randomness = "different" if self.training else "same"
-        optional = {n: t for n, t in (("unlabelled", e.unlabelled_x), ("group", e.groups)) if t is not None}
-        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values())
+        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values(), *further)
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:

@@ -45,6 +45,13 @@ DATA = [
 SIZES = ["--data.val_tasks", "8", "--data.test_tasks", "12", "--data.eval_batch_size", "4"]
 QUIET = ["--wandb", "off", "--pictures", "false", "--keep_precision", "true"]  # drawing takes longer than training
 TRAINER = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *QUIET]
+
+
+def under(part: str, flags: list[str]) -> list[str]:
+    """The flags of a learner for one that is a part of another."""
+    return [flag.replace("--model.", f"--model.{part}.") for flag in flags]
+
+
 MAML = ["--model", "models.MAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"]
 ALGORITHMS = {
     "MAML": MAML,
@@ -100,9 +107,21 @@ ALGORITHMS = {
         *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
         *("--model.gan.hidden", "4", "--model.gan.latents", "6", "--model.gan.noise", "5"),
     ],
+    "TADAM": ["--model", "models.TADAM", *BACKBONE, "--model.classes", "12"],
+    "CNAPs": ["--model", "models.CNAPs", *BACKBONE, "--model.code", "6"],
+    "SimpleCNAPs": ["--model", "models.SimpleCNAPs", *BACKBONE, "--model.code", "6"],
+    "CAML": [
+        *("--model", "models.CAML", *BACKBONE, "--model.max_ways", "4", "--model.code_size", "8"),
+        *("--model.layers", "2", "--model.heads", "2", "--model.dense", "12"),
+    ],
     "SNAIL": [
         *("--model", "models.SNAIL", *BACKBONE, "--model.labels", "4", "--model.filters", "8"),
         *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
+    ],
+    "Conditioned": [
+        *("--model", "models.Conditioned", "--model.learner", "models.MAML", *under("learner", MAML[2:])),
+        *("--model.embedding", "models.SetEncoder", *under("embedding", BACKBONE), "--model.embedding.size", "6"),
+        *("--model.conditioning", "models.Modulation"),
     ],
 }
 BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 import app  # noqa: F401  before anything imports pytorch_lightning
 from datamodules.regression.functions import (
     FAMILIES,
+    FiveFamily,
     FourFamily,
     HarderSinusoid,
     Linear,
@@ -262,3 +263,33 @@ def test_configuration_reaches_every_setting():
     assert isinstance(data, HarderSinusoid)
     assert (data.train_tasks, data.shots, data.x_range, data.seed, data.meta_batch_size) == (100, 5, (-1, 1), 3, 10)
     assert data.family.phase == (0, 1)
+
+
+def test_five_families_follow_their_law():
+    """Catches a kind with another's formula, a range that is off, a quadratic of one sign and noise on support alone:
+    every task by the formula of its kind, written out."""
+    data = FiveFamily(shots=10, queries=40, test_tasks=10)
+    tasks = data.distribution("test")
+    batch = tasks.sample(range(4000))
+    kind, a, c, b = (batch.task[name].double() for name in ("family", "scale", "centre", "offset"))
+    formulas = {
+        0: lambda x, a, c, b: a * torch.sin(x - c),
+        1: lambda x, a, c, b: a * x + b,
+        2: lambda x, a, c, b: a * (x - c) ** 2 + b,
+        3: lambda x, a, c, b: a * (2 / (1 + torch.exp(-2 * (x - c))) - 1) + b,
+        4: lambda x, a, c, b: a * torch.maximum(x - c, c - x) + b,
+    }
+    x, y = batch.query_x.double(), batch.query_y.double()
+    for number, formula in formulas.items():
+        of = kind == number
+        assert 0.17 < of.double().mean() < 0.23
+        noise = y[of] - formula(x[of], *(v[of][:, None, None] for v in (a, c, b)))
+        assert abs(noise.mean()) < 0.01 and noise.std() == pytest.approx(0.3, rel=0.02)
+    support_noise = batch.support_y - tasks.function(batch.task, batch.support_x)
+    assert support_noise.std().item() == pytest.approx(0.3, rel=0.02)
+    for number, (low, high) in {0: (0.1, 5), 1: (-3, 3), 2: (0.02, 0.15), 3: (-3, 3), 4: (-3, 3)}.items():
+        found = a[kind == number].abs() if number == 2 else a[kind == number]
+        assert low <= found.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < found.max() <= high
+    quadratic = a[kind == 2]
+    assert 0.4 < (quadratic > 0).double().mean() < 0.6
+    assert c[kind == 0].min() >= 0 and c[kind == 0].max() <= math.pi and not b[kind == 0].any()
