@@ -44,6 +44,7 @@ from models.reinforcement.maml_policy import MAMLPolicy
 from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
+from models.task_embedding.cavia import CAVIA
 from models.task_embedding.encoders import (
     ConstantEmbedding,
     GradientMeans,
@@ -70,6 +71,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     BMAML,
     ABML,
     HSML,
+    CAVIA,
     ProtoNet,
     MatchingNet,
     RelationNet,
@@ -110,6 +112,7 @@ __all__ = [
     "ANIL",
     "ANP",
     "BMAML",
+    "CAVIA",
     "CAML",
     "CNP",
     "HSML",

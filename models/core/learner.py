@@ -21,7 +21,7 @@ from datamodules.core.errors import ConfigError
 from datamodules.core.metric import Metric
 from models.core.base_learner import BaseLearner
 from models.core.from_checkpoint import build
-from models.core.metrics import FINGERPRINT, TaskMetrics, classification_metrics, regression_metrics
+from models.core.metrics import EMBEDDING, FINGERPRINT, TaskMetrics, classification_metrics, regression_metrics
 from models.core.predictions import Mixture, Prediction, cross_entropies
 from models.core.task_kinds import KINDS
 from models.core.task_map import map_tasks
@@ -151,7 +151,7 @@ class MetaLearner(pl.LightningModule):
 
     @property
     def embedding_size(self) -> int:
-        """d of ``embed_task``; 0 where a learner has no vector of a task."""
+        """d of ``embed_task``, which a test records of every task; 0 where a learner has no vector of a task."""
         return 0
 
     def embed_task(self, support: Support) -> Tensor:
@@ -289,9 +289,13 @@ class MetaLearner(pl.LightningModule):
 
     def evaluation_step(self, batch: Episodes, stage: str) -> None:
         prediction = self.predictions(batch)
-        facts = batch.task | {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
         metrics = self.per_task(prediction, batch.query_y) | self.task_metrics(batch)
-        self.stage_metrics(stage).update(batch.index, metrics, facts)
+        facts = kept = None
+        if stage == "test":
+            facts = batch.task | {FINGERPRINT: batch.fingerprint()}
+            if self.embedding_size:
+                kept = {EMBEDDING: self.map(lambda task: self.embed_task(task.support), batch)}
+        self.stage_metrics(stage).update(batch.index, metrics, facts, kept)
 
     def validation_step(self, batch: Episodes, batch_idx: int) -> None:
         self.evaluation_step(batch, "val")

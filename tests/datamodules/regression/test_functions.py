@@ -97,6 +97,22 @@ def test_points_are_uniform_and_the_support_is_not_the_query():
     assert not (episodes.support_x[:, :, None, 0] == episodes.query_x[:, None, :, 0]).any()
 
 
+def test_queries_of_evaluation_lie_on_a_grid_where_asked_for():
+    """Would catch a grid in meta-training, one without its ends, targets of the points that were drawn instead, and
+    support sets that change with it."""
+    settings = {"shots": 6, "queries": 101, "train_queries": 9, "x_range": (-5.0, 5.0)}
+    plain, grid = Sinusoid(**settings), Sinusoid(**settings, grid=True)
+    for split in ("val", "test"):
+        drawn, even = (data.distribution(split).sample([4, 7]) for data in (plain, grid))
+        torch.testing.assert_close(even.query_x, torch.arange(-50, 51).view(-1, 1).expand(2, -1, 1) / 10)
+        a, phase = (even.task[n].double().numpy()[:, None, None] for n in ("amplitude", "phase"))
+        np.testing.assert_allclose(even.query_y, a * np.sin(even.query_x.double().numpy() - phase), atol=1e-5)
+        assert torch.equal(even.support_x, drawn.support_x) and torch.equal(even.support_y, drawn.support_y)
+        assert (even.fingerprint() != drawn.fingerprint()).all()
+    both_ways = (data.distribution("train").sample([4, 7]) for data in (plain, grid))
+    assert torch.equal(*(episodes.query_x for episodes in both_ways))
+
+
 def test_noise_of_the_harder_sinusoid_is_a_hundredth_of_the_amplitude():
     """Would catch absent noise, a variance used as a deviation, or noise that does not grow with the amplitude."""
     episodes = HarderSinusoid(queries=2).distribution("test").sample(range(TASKS))
