@@ -27,7 +27,9 @@ from models.reinforcement.maml_policy import MAMLPolicy
 from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
+from models.task_embedding.gradient_pca import GradientPCA
 from models.task_embedding.hsml import HSML
+from models.task_embedding.task2vec import Task2Vec
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -38,6 +40,8 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     BMAML,
     ABML,
     HSML,
+    Task2Vec,
+    GradientPCA,
     ProtoNet,
     MatchingNet,
     RelationNet,
@@ -77,6 +81,7 @@ __all__ = [
     "Baseline",
     "Conv2",
     "Conv4",
+    "GradientPCA",
     "Learn2Learn",
     "MAMLPolicy",
     "MDPStrategy",
@@ -93,6 +98,7 @@ __all__ = [
     "RelationNet",
     "Reptile",
     "ResNet",
+    "Task2Vec",
     "UnitLength",
     "WeightGenerator",
     "load",

@@ -71,6 +71,11 @@ ALGORITHMS = {
         *("--model", "models.HSML", *BACKBONE, "--model.outputs", "3", "--model.inner_rate", "0.01"),
         *("--model.inner_steps", "2", "--model.features", "8", "--model.hidden", "6"),
     ],
+    "Task2Vec": ["--model", "models.Task2Vec", *BACKBONE, "--model.iterations", "50"],
+    "GradientPCA": [
+        *("--model", "models.GradientPCA", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *("--model.components", "4", "--model.records", "16", "--model.projected", "64"),
+    ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "Baseline": [
         *("--model", "models.Baseline", *BACKBONE, "--model.classes", "12"),
