@@ -146,14 +146,23 @@ class GradientPCA(GradientLearner):
 
     # The learner ------------------------------------------------------------------------------------------------------
 
+    def prototype_head(self, support: Support) -> Parameters:
+        """-‖z - c‖² of the classes' means c as a linear head: what classes share is left out.
+
+        A mean of n examples is by variance / n nearer to a query than the class's own mean, which is taken off, so that
+        unequal shots are no prior; with as many of each class it is the same for all.
+        """
+        z = call(self.learner.backbone, {}, support.x, self.statistics_source).to(self.learner.head.weight)
+        means = class_means(z, support)
+        members = support.members().to(z.dtype)
+        spread = (z - members @ means).square().sum() / max(1, len(z) - support.ways)
+        return {HEAD + "weight": 2 * means, HEAD + "bias": spread / members.sum(0) - means.square().sum(1)}
+
     def path(self, support: Support, steps: int) -> Iterator[Parameters]:
         """The inner loop: parameters that adapt, from before the first step on; a head of prototypes is one of them."""
         start, fixed = split_parameters(self.learner, self.adapt_normalization)
         if self.prototypes:
-            z = call(self.learner.backbone, {}, support.x, self.statistics_source)
-            means = class_means(z, support).to(self.learner.head.weight)
-            head = {"weight": 2 * means, "bias": -means.square().sum(1)}  # -‖z - c‖², but for what classes share
-            start = start | {HEAD + name: value for name, value in head.items()}
+            start = start | self.prototype_head(support)
         else:
             start = self.learner.resize_head(start, support.ways)
 
@@ -268,17 +277,18 @@ class GradientPCA(GradientLearner):
         from sklearn.cluster import KMeans
         from sklearn.mixture import GaussianMixture
 
+        several: Any = {"random_state": 0, "n_init": 10}
         if self.summary == "kmeans":
-            self.centres.copy_(
-                torch.from_numpy(KMeans(self.clusters, random_state=0, n_init=10).fit(scores).cluster_centers_)
-            )
+            self.centres.copy_(torch.from_numpy(KMeans(self.clusters, **several).fit(scores).cluster_centers_))
             return
         floor = 1e-6 * scores.var(0).max()  # of variances: scikit-learn's own is an absolute one
-        mixture = GaussianMixture(self.clusters, covariance_type="diag", reg_covar=floor, random_state=0, n_init=3)
-        mixture.fit(scores)
-        self.centres.copy_(torch.from_numpy(mixture.means_))
-        self.precisions.copy_(torch.from_numpy(mixture.precisions_))
-        self.log_weights.copy_(torch.from_numpy(np.log(mixture.weights_)))
+        mixture = GaussianMixture(self.clusters, covariance_type="diag", reg_covar=floor, **several).fit(scores)
+        for own, theirs in (
+            (self.centres, mixture.means_),
+            (self.precisions, mixture.precisions_),
+            (self.log_weights, np.log(np.asarray(mixture.weights_))),
+        ):
+            own.copy_(torch.from_numpy(theirs))
 
     def on_validation_epoch_start(self) -> None:
         self.fit_components()

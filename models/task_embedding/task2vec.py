@@ -46,7 +46,7 @@ def diagonal_fisher(
     """
 
     def of_one(one: Tensor, *luck: Tensor) -> Parameters:
-        y, pull = vjp(lambda p: outputs(p, one[None])[0], parameters)
+        y, pull, *_ = vjp(lambda p: outputs(p, one[None])[0], parameters)
         identity = torch.eye(len(y), dtype=y.dtype, device=y.device)
         scores, shares = identity, torch.ones_like(y)  # of a Gaussian: E (y - f)(y - f)ᵀ is the identity
         if classes:
@@ -58,7 +58,7 @@ def diagonal_fisher(
                 shares = torch.full_like(scores[:, 0], 1 / len(scores))
         total = {n: torch.zeros_like(p) for n, p in parameters.items()}
         for score, share in zip(scores.unbind(0), shares.unbind(0), strict=True):
-            (gradient,) = pull(score)
+            gradient, *_ = pull(score)
             total = {n: t + share * gradient[n].square() for n, t in total.items()}
         return total
 

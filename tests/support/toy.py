@@ -74,7 +74,16 @@ ALGORITHMS = {
     "Task2Vec": ["--model", "models.Task2Vec", *BACKBONE, "--model.iterations", "50"],
     "GradientPCA": [
         *("--model", "models.GradientPCA", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
-        *("--model.components", "4", "--model.records", "16", "--model.projected", "64"),
+        *(
+            "--model.components",
+            "4",
+            "--model.records",
+            "16",
+            "--model.projected",
+            "64",
+            "--model.first_order",
+            "false",
+        ),
     ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "Baseline": [

@@ -214,7 +214,7 @@ def test_clusters_are_scikit_learns():
 
     learner, rows = filled("mixture")
     floor = 1e-6 * scores.var(0).max()
-    mixture = GaussianMixture(3, covariance_type="diag", reg_covar=floor, random_state=0, n_init=3).fit(scores)
+    mixture = GaussianMixture(3, covariance_type="diag", reg_covar=floor, random_state=0, n_init=10).fit(scores)
     between = (rows[:6] + rows[1:7]) / 2  # where no Gaussian has all of a task
     probabilities = mixture.predict_proba((between - learner.mean.numpy()) @ learner.axes.numpy().T)
     np.testing.assert_allclose(embedded(learner, between), probabilities, atol=1e-6)
