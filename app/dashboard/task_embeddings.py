@@ -64,7 +64,7 @@ def _values(view: View, space: TaskSpace) -> Tensor | None:
 
 
 def _nearest(probe: Probe, space: TaskSpace, apart: Tensor, title: str) -> Any:
-    order = (apart + torch.eye(len(apart)).to(apart) * torch.inf).nan_to_num(torch.inf).argsort(1)
+    order = apart.clone().fill_diagonal_(torch.inf).argsort(1)
     if space.groups is None:
         first = range(min(ROWS, len(apart)))
     else:  # of as many groups
