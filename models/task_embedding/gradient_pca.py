@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -61,6 +61,7 @@ class GradientPCA(GradientLearner):
         projected: size that gradients are projected to at random where they are larger, which keeps their inner
             products but for a standard error of projected^-½ of their lengths' product; 0 keeps them as they are.
         unit_length: scale each gradient to length 1: which way and not how far, which early and late tasks differ in.
+        temperature: that the logits of prototypes are divided by in the embedding, not in predictions; see above.
         head: "prototypes", see above; "learned", MAML's own, for regression.
         inner_rate: α, the learning rate of the inner loop.
         inner_steps: gradient steps in meta-training.
@@ -100,6 +101,7 @@ class GradientPCA(GradientLearner):
         keep: Literal["all", "latest"] = "all",
         projected: int = 2048,
         unit_length: bool = True,
+        temperature: float = 100.0,
         head: Literal["prototypes", "learned"] = "prototypes",
         inner_rate: float = 0.1,
         inner_steps: int = 1,
@@ -115,6 +117,9 @@ class GradientPCA(GradientLearner):
         at_least(0, projected=projected)
         if of == "change":
             at_least(1, inner_steps=inner_steps)
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature} but must be above 0")
+        self.temperature = temperature
         self.learner = BaseLearner(backbone, outputs)
         self.prototypes = head == "prototypes"
         if self.prototypes:
@@ -158,25 +163,26 @@ class GradientPCA(GradientLearner):
         spread = (z - members @ means).square().sum() / max(1, len(z) - support.ways)
         return {HEAD + "weight": 2 * means, HEAD + "bias": spread / members.sum(0) - means.square().sum(1)}
 
-    def path(self, support: Support, steps: int) -> Iterator[Parameters]:
-        """The inner loop: parameters that adapt, from before the first step on; a head of prototypes is one of them."""
-        start, fixed = split_parameters(self.learner, self.adapt_normalization)
-        if self.prototypes:
-            start = start | self.prototype_head(support)
-        else:
-            start = self.learner.resize_head(start, support.ways)
+    def start(self, support: Support, temperature: float = 1.0) -> Parameters:
+        """Parameters that adapt, before the first step; a head of prototypes is among them."""
+        start, _ = split_parameters(self.learner, self.adapt_normalization)
+        if not self.prototypes:
+            return self.learner.resize_head(start, support.ways)
+        return start | {name: value / temperature for name, value in self.prototype_head(support).items()}
+
+    def loss_of(self, support: Support) -> Callable[[Parameters, int], Tensor]:
+        """The support loss of the parameters that adapt."""
+        _, fixed = split_parameters(self.learner, self.adapt_normalization)
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             return self.support_loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support)
 
-        if steps < 0:
-            yield inner_gradient(support_loss, start, 0)
-        else:
-            yield from sgd_path(support_loss, start, self.inner_rate, steps, self.first_order)
+        return support_loss
 
     def adaptation(self, support: Support) -> Iterator[Adapted]:
         _, fixed = split_parameters(self.learner, self.adapt_normalization)
-        for step, parameters in enumerate(self.path(support, self.steps)):
+        start, loss = self.start(support), self.loss_of(support)
+        for step, parameters in enumerate(sgd_path(loss, start, self.inner_rate, self.steps, self.first_order)):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
 
     # The embedding ----------------------------------------------------------------------------------------------------
@@ -188,12 +194,11 @@ class GradientPCA(GradientLearner):
     def raw(self, support: Support) -> Parameters:
         """What the task does to the backbone, by the names of its parameters: their gradient or change."""
         with inner(dict(self.learner.named_parameters())):
+            start, loss = self.start(support, self.temperature), self.loss_of(support)
             if self.of == "gradient":
-                return last(self.path(support, -1))
-            path = self.path(support, self.inner_steps)
-            first = next(path)
-            moved = last(path)
-            return {name: moved[name] - first[name] for name in self.names}
+                return inner_gradient(loss, start, 0)
+            end = last(sgd_path(loss, start, self.inner_rate, self.inner_steps))
+            return {name: end[name] - start[name] for name in self.names}
 
     def vector(self, support: Support) -> Tensor:
         """The same as one vector (P,), projected where that was asked for."""

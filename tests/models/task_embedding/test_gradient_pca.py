@@ -25,7 +25,14 @@ from tests.support.toy import ToyImages, command, train_for
 
 def small(**settings) -> GradientPCA:
     torch.manual_seed(2)
-    defaults = {"components": 3, "records": 12, "projected": 0, "unit_length": False, "inner_rate": 0.3}
+    defaults = {
+        "components": 3,
+        "records": 12,
+        "projected": 0,
+        "unit_length": False,
+        "inner_rate": 0.3,
+        "temperature": 1.0,
+    }
     return GradientPCA(Conv4(hidden=4, image_size=8), outputs=3, **(defaults | settings)).double()
 
 
@@ -56,10 +63,12 @@ def adapted_by_autograd(learner: GradientPCA, support: Support, steps: int) -> l
 # What a task does to the network --------------------------------------------------------------------------------------
 
 
-def test_recorded_gradient_equals_finite_differences():
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_recorded_gradient_equals_finite_differences(temperature):
     """Catches a gradient of another loss, one through the prototypes, and parameters of batch norm in it."""
-    learner, support = small(), episodes(tasks=1)[0].support
-    head = {f"head.{n}": v.detach() for n, v in zip(("weight", "bias"), prototype_head(learner, support), strict=True)}
+    learner, support = small(temperature=temperature), episodes(tasks=1)[0].support
+    prototypes = zip(("weight", "bias"), prototype_head(learner, support), strict=True)
+    head = {f"head.{n}": v.detach() / temperature for n, v in prototypes}
     gradient = learner.raw(support)
     own = [(n, p) for n, p in learner.learner.named_parameters() if n in learner.names]
     assert {n for n, _ in own} == {f"backbone.convs.{i}.{n}" for i in range(4) for n in ("weight", "bias")}
@@ -79,6 +88,25 @@ def test_change_is_that_of_the_inner_loop():
     first, *_, end = adapted_by_autograd(learner, support, 3)
     expected = torch.cat([(end[n] - first[n]).detach().flatten() for n in learner.names])
     torch.testing.assert_close(learner.vector(support), expected, rtol=1e-8, atol=1e-12)
+
+
+def test_at_a_high_temperature_it_is_the_gradient_of_the_scatter_between_classes():
+    """Catches a temperature that predictions have instead, or that does not reach the bias: with as many examples of
+    each class the gradient times the temperature goes to that of -2 Σ_i z_i · (c of its class - mean of all c) / n."""
+    learner, support = small(temperature=1e4), episodes(tasks=1)[0].support
+    own = {n: p for n, p in learner.learner.named_parameters() if n in learner.names}
+    with normalize_by("batch"):
+        z = learner.learner.backbone(support.x)
+        c = torch.stack([z[support.y == k].mean(0) for k in range(3)]).detach()
+        pull = -2 * (z * (c[support.y] - c.mean(0))).sum() / len(z)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(pull, [own[n] for n in learner.names])])
+    found = 1e4 * learner.vector(support)
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    plain = small()
+    query = episodes(tasks=1)[0].query_x
+    torch.testing.assert_close(
+        learner.predict(learner.adapt(support), query), plain.predict(plain.adapt(support), query)
+    )
 
 
 @pytest.mark.parametrize("of", ["gradient", "change"])
