@@ -95,13 +95,13 @@ def planes(
     draw_tasks(right, neighbours_plane(points, np.asarray(distances, np.float64)), groups, values, label)
     right.set_xticks([])
     right.set_yticks([])
-    told = "" if signal is None else f"; variance between over within tasks {signal:.2g}"
-    left.set_title(f"Principal components{told}")
+    left.set_title("Principal components")
     right.set_title("t-SNE")
     if groups is not None:
         handles, names = left.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper", ncols=1 + (len(names) > 20))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    told = "" if signal is None else f"; variance between tasks over within {signal:.2g}"
+    figure.suptitle(f"{title}{told}", x=0.01, ha="left", fontsize=10.5)
     return figure
 
 

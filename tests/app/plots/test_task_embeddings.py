@@ -33,7 +33,7 @@ def test_tasks_have_the_colour_and_the_name_of_their_group():
     for axes in (left, right):
         found = {c.get_label(): (len(c.get_offsets()), to_hex(c.get_facecolor()[0])) for c in axes.collections}
         assert found == {"a": (10, CLASSES[0]), "b": (10, CLASSES[1]), "c": (10, CLASSES[2])}
-    assert "2.5" in left.get_title(loc="left")
+    assert figure._suptitle.get_text().endswith("within 2.5")
     drawn(figure)
 
 
