@@ -164,6 +164,11 @@ def test_a_uniform_sample_of_all_tasks_is_kept():
         counts[kept] += 1
     assert chisquare(counts.reshape(10, 20).sum(1)).pvalue > 0.001
     assert kept_after(learner, 200, 8) == kept_after(learner, 200, 1) == kept_after(learner, 200, 40)
+    # Of three tasks two, each as likely as another: an off-by-one shows where tasks are few.
+    few, often = small(records=2), np.zeros(3)
+    for seed in range(300):
+        often[kept_after(few, 3, 3, seed)] += 1
+    assert often == pytest.approx(200, abs=33)  # four standard errors
     learner.keep = "latest"
     assert sorted(kept_after(learner, 200, 8)) == list(range(180, 200))
 
