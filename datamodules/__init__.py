@@ -11,7 +11,6 @@ from datamodules.images.omniglot import Omniglot
 from datamodules.images.tasks import ImageDataModule
 from datamodules.regression.functions import FiveFamily, FourFamily, HarderSinusoid, Linear, Sinusoid
 from datamodules.regression.gaussian_processes import GaussianProcesses
-from datamodules.regression.functions import FourFamily, HarderSinusoid, Linear, Sinusoid
 from datamodules.regression.quadratics import Quadratics
 from datamodules.reinforcement.bandits import Bandits
 from datamodules.reinforcement.environments import EnvironmentDataModule

@@ -7,6 +7,7 @@ from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
+from models.conditioning.alfa import ALFA
 from models.conditioning.caml import CAML
 from models.conditioning.cnaps import CNAPs
 from models.conditioning.conditioned import Conditioned
@@ -15,7 +16,6 @@ from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
-from models.conditioning.alfa import ALFA
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -44,6 +44,8 @@ from models.reinforcement.maml_policy import MAMLPolicy
 from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
+from models.reinforcement.varibad import VariBAD
+from models.task_embedding.bigan import BiGAN
 from models.task_embedding.cavia import CAVIA
 from models.task_embedding.encoders import (
     ConstantEmbedding,
@@ -53,11 +55,11 @@ from models.task_embedding.encoders import (
     SetEncoder,
     TaskLabel,
 )
-from models.reinforcement.varibad import VariBAD
-from models.task_embedding.bigan import BiGAN
+from models.task_embedding.gradient_pca import GradientPCA
 from models.task_embedding.hsml import HSML
 from models.task_embedding.neural_statistician import NeuralStatistician
 from models.task_embedding.probabilistic_task_model import ProbabilisticTaskModel
+from models.task_embedding.task2vec import Task2Vec
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -72,6 +74,8 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ABML,
     HSML,
     CAVIA,
+    Task2Vec,
+    GradientPCA,
     ProtoNet,
     MatchingNet,
     RelationNet,
@@ -112,8 +116,8 @@ __all__ = [
     "ANIL",
     "ANP",
     "BMAML",
-    "CAVIA",
     "CAML",
+    "CAVIA",
     "CNP",
     "HSML",
     "IMAML",
@@ -131,22 +135,21 @@ __all__ = [
     "Averaged",
     "BanditStrategy",
     "Baseline",
+    "BiGAN",
     "CNAPs",
     "Conditioned",
     "ConstantEmbedding",
     "Conv2",
     "Conv4",
+    "ConvEncoder",
     "EmbeddingRows",
     "Experts",
     "GaussianProcess",
     "GradientMeans",
-    "BiGAN",
-    "Conv2",
-    "Conv4",
-    "ConvEncoder",
+    "GradientPCA",
     "Learn2Learn",
-    "LowRank",
     "LearnedOptimizer",
+    "LowRank",
     "MAMLPolicy",
     "MDPStrategy",
     "MatchingNet",
@@ -171,6 +174,7 @@ __all__ = [
     "ResNet",
     "SetEncoder",
     "SimpleCNAPs",
+    "Task2Vec",
     "TaskLabel",
     "TrainedEmbedding",
     "UnitLength",

@@ -167,6 +167,10 @@ class MetaLearner(pl.LightningModule):
         """From here on evaluate with this control; see ``controls``."""
         raise NotImplementedError
 
+    def embedding_distances(self, a: Tensor, b: Tensor) -> Tensor:
+        """How far tasks are apart by their embeddings (A, d) and (B, d), (A, B): Euclidean unless it knows better."""
+        return torch.cdist(a, b)
+
     def embeddings(self, x: Tensor) -> Tensor | None:
         """Of inputs (N, *input) each by itself, (N, features), to be looked at; None where it has none."""
         return None

@@ -94,9 +94,24 @@ ALGORITHMS = {
         *("--model", "models.LearnedOptimizer", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "4"),
         *("--model.window", "2", "--model.eval_inner_steps", "6", "--model.scale", "0.1"),
         *("--model.estimator", "pes"),
+    ],
     "CAVIA": [
         *("--model", "models.CAVIA", *BACKBONE, "--model.backbone.downsample", "pool", "--model.outputs", "3"),
         *("--model.conditioning", "film", "--model.context_size", "6", "--model.inner_steps", "2"),
+    ],
+    "Task2Vec": ["--model", "models.Task2Vec", *BACKBONE, "--model.iterations", "50"],
+    "GradientPCA": [
+        *("--model", "models.GradientPCA", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *(
+            "--model.components",
+            "4",
+            "--model.records",
+            "16",
+            "--model.projected",
+            "64",
+            "--model.first_order",
+            "false",
+        ),
     ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "Baseline": [
@@ -139,6 +154,22 @@ ALGORITHMS = {
         *("--model.embedding", "models.SetEncoder", *under("embedding", BACKBONE), "--model.embedding.size", "6"),
         *("--model.conditioning", "models.Modulation"),
     ],
+    "NeuralStatistician": [
+        *("--model", "models.NeuralStatistician", "--model.backbone", "models.ConvEncoder"),
+        *("--model.backbone.widths", "[6, 8]", "--model.backbone.convs", "1", "--model.backbone.image_size", "16"),
+        *("--model.context", "6", "--model.latents", "3", "--model.hidden", "8", "--model.layers", "2"),
+        *("--model.widths", "[6, 8]", "--model.convs", "2"),
+        # As published; the loss is a sum over pixels.
+        *("--trainer.gradient_clip_val", "0.5", "--trainer.gradient_clip_algorithm", "value"),
+    ],
+    "ProbabilisticTaskModel": [
+        *("--model", "models.ProbabilisticTaskModel", *BACKBONE, "--model.latents", "4", "--model.themes", "3"),
+        *("--model.widths", "[4, 6]", "--model.theme_rate", "0.01"),
+    ],
+    "BiGAN": [
+        *("--model", "models.BiGAN", *BACKBONE, "--model.codes", "4", "--model.noise", "2", "--model.hidden", "8"),
+        *("--model.widths", "[4, 6]"),
+    ],
 }
 SINUSOIDS = [
     *("--data", "datamodules.Sinusoid", "--data.shots", "4", "--data.queries", "5", "--data.train_queries", "5"),
@@ -156,21 +187,6 @@ REGRESSORS = {
     "TNP": [
         *("--model", "models.TNP", "--model.size", "8", "--model.depth", "2", "--model.heads", "2"),
         *("--model.feedforward", "8", *SINUSOIDS),
-    "NeuralStatistician": [
-        *("--model", "models.NeuralStatistician", "--model.backbone", "models.ConvEncoder"),
-        *("--model.backbone.widths", "[6, 8]", "--model.backbone.convs", "1", "--model.backbone.image_size", "16"),
-        *("--model.context", "6", "--model.latents", "3", "--model.hidden", "8", "--model.layers", "2"),
-        *("--model.widths", "[6, 8]", "--model.convs", "2"),
-        # As published; the loss is a sum over pixels.
-        *("--trainer.gradient_clip_val", "0.5", "--trainer.gradient_clip_algorithm", "value"),
-    ],
-    "ProbabilisticTaskModel": [
-        *("--model", "models.ProbabilisticTaskModel", *BACKBONE, "--model.latents", "4", "--model.themes", "3"),
-        *("--model.widths", "[4, 6]", "--model.theme_rate", "0.01"),
-    ],
-    "BiGAN": [
-        *("--model", "models.BiGAN", *BACKBONE, "--model.codes", "4", "--model.noise", "2", "--model.hidden", "8"),
-        *("--model.widths", "[4, 6]"),
     ],
 }
 BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
