@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 
 from datamodules.core.episodes import Support, Task
 from models.core.base_learner import Parameters
@@ -24,6 +25,9 @@ from models.networks.batch_norm import (
 )
 
 State = TypeVar("State")
+Value = TypeVar("Value")
+# Tensors that take the places of parameters now: they are trained, though without a graph they do not say so.
+_given: ContextVar[frozenset[int]] = ContextVar("given", default=frozenset())
 
 
 class Adapted(NamedTuple):
@@ -46,6 +50,24 @@ def call(module: nn.Module, parameters: Parameters, x: Tensor, source: Source = 
     """``module(x)`` with these parameters, normalised as ``normalize_by`` has it; those not given are the module's."""
     with normalize_by(source, step):
         return functional_call(module, parameters, (x,))
+
+
+class _Around(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def with_values(module: nn.Module, values: Parameters, function: Callable[[], Value]) -> Value:
+    """``function()``, while these tensors take the places of the module's parameters and buffers of their names."""
+    token = _given.set(_given.get() | {id(value) for value in values.values()})
+    try:
+        return functional_call(_Around(module), {f"inside.{n}": v for n, v in values.items()}, (function,))
+    finally:
+        _given.reset(token)
 
 
 def adapted(module: nn.Module, parameters: Parameters, support: Support, mode: BatchNormMode, step: int = 0) -> Adapted:
@@ -123,33 +145,67 @@ def inner_gradient(
         return grad(loss)(parameters, *others)
 
 
+UpdateRule = Callable[[int, Parameters, Parameters, Tensor, Any], tuple[Parameters, Any]]
+"""One inner step: from its number, the parameters, the gradient and the value of the support loss and what the rule
+keeps from step to step, the next parameters and what it keeps of this one."""
+
+
+def inner_path(
+    loss: Callable[[Parameters, int], Tensor],
+    parameters: Parameters,
+    rule: UpdateRule,
+    steps: int,
+    memory: Any = None,
+    first_order: bool = False,
+    first_step: int = 0,
+) -> Iterator[tuple[Parameters, Any]]:
+    """Steps of an update rule on a support loss: yields parameters and memory before the first step and after each one.
+
+    Differentiable through every step with respect to ``parameters`` and to what the rule uses, and usable under
+    ``no_grad`` and ``inference_mode``, where it keeps no graph.
+
+    Args:
+        loss: the support loss of the parameters that adapt, at a step counted from 0.
+        parameters: to start from.
+        rule: makes a step; no mixed precision is used inside of it.
+        steps: number of steps, 0 or more.
+        memory: what the rule keeps, before the first step.
+        first_order: take gradients and values of the loss as constants.
+        first_step: the number of the first step, where a path goes on.
+    """
+    yield parameters, memory
+    for step in range(first_step, first_step + steps):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not first_order), inner(parameters):
+            gradient, value = grad_and_value(loss)(parameters, step)
+        with inner(parameters):
+            parameters, memory = rule(step, parameters, gradient, value, memory)
+        yield parameters, memory
+
+
 def sgd_path(
     loss: Callable[[Parameters, int], Tensor],
     parameters: Parameters,
     rate: float | Callable[[int], Parameters],
     steps: int,
     first_order: bool = False,
+    clip: float | None = None,
 ) -> Iterator[Parameters]:
-    """Gradient descent from ``parameters``: yields them before the first step and after each one.
-
-    Differentiable through every step with respect to ``parameters`` (Finn et al., ICML 2017, eq. 1), and usable
-    under ``no_grad`` and ``inference_mode``, where it keeps no graph.
+    """Gradient descent from ``parameters`` (Finn et al., ICML 2017, eq. 1): ``inner_path`` of one rule.
 
     Args:
-        loss: the support loss of the parameters that adapt, at a step counted from 0.
-        parameters: to start from.
+        loss, parameters, steps, first_order: see ``inner_path``; FOMAML is of first order.
         rate: the inner learning rate; or for each step one for each parameter, of its shape or a scalar.
-        steps: number of steps, 0 or more.
-        first_order: take the inner gradients as constants (FOMAML).
+        clip: what each entry of an inner gradient is limited to, either way.
     """
-    yield parameters
-    for step in range(steps):
-        gradient = inner_gradient(loss, parameters, step)
-        if first_order:
-            gradient = {name: g.detach() for name, g in gradient.items()}
-        rates = rate(step) if callable(rate) else dict.fromkeys(parameters, rate)
-        parameters = {name: p - rates[name] * gradient[name] for name, p in parameters.items()}
-        yield parameters
+
+    def descend(step: int, at: Parameters, gradient: Parameters, *_: Any) -> tuple[Parameters, None]:
+        if clip is not None:
+            gradient = {name: g.clamp(-clip, clip) for name, g in gradient.items()}
+        rates = rate(step) if callable(rate) else dict.fromkeys(at, rate)
+        return {name: p - rates[name] * gradient[name] for name, p in at.items()}, None
+
+    for reached, _ in inner_path(loss, parameters, descend, steps, first_order=first_order):
+        yield reached
 
 
 def mini_batches(
@@ -173,6 +229,17 @@ def shuffled_passes(
         yield from torch.rand(examples, generator=generator, device=device).argsort().split(batch)
 
 
+def flat(parameters: Parameters) -> Tensor:
+    """All elements of the parameters, end to end, (N,)."""
+    return torch.cat([p.flatten() for p in parameters.values()])
+
+
+def unflat(elements: Tensor, like: Parameters) -> Parameters:
+    """Parameters of the names and shapes of ``like`` from their elements, (N,)."""
+    parts = elements.split([p.numel() for p in like.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(like.items(), parts, strict=True)}
+
+
 def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
     """A scalar of this value whose gradient is that of ``surrogate``."""
     return value.detach() + surrogate - surrogate.detach()
@@ -191,5 +258,5 @@ def split_parameters(module: nn.Module, adapt_normalization: bool) -> tuple[Para
     fixed = set()
     if not adapt_normalization:
         fixed = {id(p) for m in module.modules() if isinstance(m, BatchNorm) for p in m.parameters()}
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad or id(p) in _given.get()]
     return {n: p for n, p in named if id(p) not in fixed}, {n: p for n, p in named if id(p) in fixed}
