@@ -85,6 +85,8 @@ def _picture(probe: Probe, space: TaskSpace, axes: Axes, task: int) -> None:
     truth = probe.tasks.function({name: value[task : task + 1] for name, value in stored.task.items()}, grid)
     if truth is not None:
         axes.plot(grid[:, 0], truth[0, :, 0], color=MAIN, lw=1.2)
+    margin = 0.05 * float(stored.query_y.max() - stored.query_y.min())  # one scale, by which amplitudes are compared
+    axes.set_ylim(float(stored.query_y.min()) - margin, float(stored.query_y.max()) + margin)
     axes.scatter(stored.support_x[task, :, 0], stored.support_y[task, :, 0], s=8, color=ACCENT, lw=0, zorder=3)
 
 

@@ -123,6 +123,7 @@ HELD_OUT = VINYALS_VAL
 SMALL = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")
 
 _DRAWING = re.compile(r"(^|/)[^/]+/character\d+/\d+_\d+\.png$")
+MOST_NAMED = 6  # alphabets in a message
 LARGEST = 1 << 20  # bytes of a drawing's file; the published ones have some 200
 _CURE = "remove it, and a run downloads the data again"
 
@@ -273,7 +274,8 @@ class Omniglot(ImageDataModule):
         # Four background alphabets have 14 to 17 characters: without this, nobody could train 20-way episodes.
         sizes = {group: classes.groups.count(group) for group in dict.fromkeys(classes.groups)}
         if small := [group for group, size in sizes.items() if size < ways]:
-            rank_zero_info(f"{ways}-way tasks within alphabets pass over {', '.join(small)}")
+            listed = ", ".join(small) if len(small) <= MOST_NAMED else f"{len(small)} of {len(sizes)} alphabets"
+            rank_zero_info(f"{ways}-way tasks within alphabets pass over {listed}")
         return classes.select([i for i, group in enumerate(classes.groups) if group not in small])
 
     @cached_property

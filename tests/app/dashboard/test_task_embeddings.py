@@ -93,7 +93,9 @@ def test_functions_are_coloured_by_family_or_amplitude(data, fact, monkeypatch):
     else:
         assert seen["groups"] == (task["family"].tolist(), of.tasks.task_groups[1])
     assert seen["signal"] is not None
-    assert len(figures["nearest_tasks"]().axes) == (4 if fact is None else 6) * 6
+    drawn = figures["nearest_tasks"]().axes
+    assert len(drawn) == (4 if fact is None else 6) * 6
+    assert len({axes.get_ylim() for axes in drawn}) == 1  # or all amplitudes look alike
 
 
 def test_the_nearest_tasks_are_sorted_and_leave_the_task_itself_out(monkeypatch):
