@@ -10,6 +10,8 @@ from datamodules.images.multi_domain import Domain, ImageMixture
 from datamodules.images.omniglot import Omniglot
 from datamodules.images.tasks import ImageDataModule
 from datamodules.regression.functions import FiveFamily, FourFamily, HarderSinusoid, Linear, Sinusoid
+from datamodules.regression.gaussian_processes import GaussianProcesses
+from datamodules.regression.quadratics import Quadratics
 from datamodules.reinforcement.bandits import Bandits
 from datamodules.reinforcement.environments import EnvironmentDataModule
 from datamodules.reinforcement.gymnasium_tasks import GymnasiumTasks
@@ -27,7 +29,9 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HarderSinusoid,
     Linear,
     FourFamily,
+    GaussianProcesses,
     FiveFamily,
+    Quadratics,
     Bandits,
     TabularMDPs,
     PointRobot,
@@ -46,6 +50,7 @@ __all__ = [
     "EpisodicDataModule",
     "FiveFamily",
     "FourFamily",
+    "GaussianProcesses",
     "Glyphs",
     "GymnasiumTasks",
     "HalfCheetahDirection",
@@ -58,6 +63,7 @@ __all__ = [
     "Linear",
     "Omniglot",
     "PointRobot",
+    "Quadratics",
     "Sinusoid",
     "Support",
     "TabularMDPs",

@@ -137,7 +137,9 @@ class EpisodicDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: str, tasks: int) -> DataLoader:
         self._refuse_too_many(split, min(self.eval_batch_size, tasks))
-        return self._loader(split, EvaluationTasks(tasks, self.eval_batch_size, *self._rank), self.eval_batch_size)
+        block = self.distribution(split).block
+        sampler = EvaluationTasks(tasks, self.eval_batch_size, *self._rank, block)
+        return self._loader(split, sampler, self.eval_batch_size)
 
     def _refuse_too_large(self) -> None:
         """Refuse a task that the machine cannot hold, before any is made.

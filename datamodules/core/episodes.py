@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
@@ -33,6 +33,8 @@ class Support:
             know it: what only an oracle may look at.
         classes: ids (ways,) of its classes among all of the split, where data know them: for losses over all of the
             meta-training classes; no prediction may look at them.
+        facts: what data know of this task, see ``Episodes.task``; given to learners that declare ``reads_facts``, which
+            only an oracle does.
     """
 
     x: Tensor
@@ -41,6 +43,7 @@ class Support:
     unlabelled: Tensor | None = None
     group: Tensor | None = None
     classes: Tensor | None = None
+    facts: Mapping[str, Tensor] | None = None
 
     def members(self) -> Tensor:
         """Which examples are of which class, (S, ways) bool."""
@@ -150,7 +153,8 @@ class Episodes(MetaBatch):
         unlabelled = None if self.unlabelled_x is None else self.unlabelled_x[i]
         group = None if self.groups is None else self.groups[i]
         classes = None if self.class_ids is None else self.class_ids[i]
-        support = Support(self.support_x[i], self.support_y[i], self.ways, unlabelled, group, classes)
+        facts = {name: values[i] for name, values in self.task.items()}
+        support = Support(self.support_x[i], self.support_y[i], self.ways, unlabelled, group, classes, facts)
         return Task(support, self.query_x[i], self.query_y[i])
 
     @property
@@ -174,11 +178,14 @@ class TaskDistribution:
         class_names, group_names: by the class ids of ``Episodes.task["classes"]``, names and groups of the classes.
         task_groups: what kinds of tasks there are: the fact that has each task's number, and their names by it.
         x_range: that inputs of one number lie in.
+        block: where tasks differ in shape, those of numbers [k · block, (k + 1) · block) do not, and only tasks of one
+            block are sampled together; None: all have the same shape.
     """
 
     seed: int | None = None
     task_groups: tuple[str, tuple[str, ...]] | None = None
     x_range: tuple[float, float] | None = None
+    block: int | None = None
 
     @property
     def class_names(self) -> list[str] | None:
@@ -245,16 +252,31 @@ class TrainingTasks(Sampler[list[int]]):
 
 
 class EvaluationTasks(Sampler[list[int]]):
-    """Tasks 0 … total-1 once, in batches; each process a disjoint share, none repeated."""
+    """Tasks 0 … total-1 once, in batches; each process a disjoint share, none repeated.
 
-    def __init__(self, total: int, batch: int, rank: int, world_size: int) -> None:
+    Args:
+        total: number of tasks.
+        batch: tasks of a batch.
+        rank: this process.
+        world_size: number of processes.
+        block: no batch has tasks of two blocks, see TaskDistribution. Where the last one has fewer tasks than there are
+            processes, those without a share repeat one: metrics count a task once.
+
+    Raises:
+        ValueError: fewer tasks than processes.
+    """
+
+    def __init__(self, total: int, batch: int, rank: int, world_size: int, block: int | None = None) -> None:
         if total < world_size:
             raise ValueError(f"{total} evaluation tasks for {world_size} processes: ask for at least one each")
-        share = list(range(rank, total, world_size))
-        # As many batches on every process: DDP's forward waits for the others.
-        count = min(-(-total // (batch * world_size)), total // world_size)
-        cuts = [len(share) * i // count for i in range(count + 1)]
-        self.batches = [share[a:b] for a, b in pairwise(cuts)]
+        self.batches: list[list[int]] = []
+        for start in range(0, total, block or total):
+            tasks = range(start, min(start + (block or total), total))
+            share = list(tasks[rank::world_size]) or [tasks[rank % len(tasks)]]
+            # As many batches on every process: DDP's forward waits for the others.
+            count = max(1, min(-(-len(tasks) // (batch * world_size)), len(tasks) // world_size))
+            cuts = [len(share) * i // count for i in range(count + 1)]
+            self.batches += [share[a:b] for a, b in pairwise(cuts)]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)

@@ -286,7 +286,7 @@ class RegressionDataModule(EpisodicDataModule):
         super().__init__(meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed)
         at_least(1, shots=shots, queries=queries, train_shots=train_shots)
         at_least(1, train_queries=train_queries, train_tasks=train_tasks)
-        _in_order(x_range=x_range)
+        in_order(x_range=x_range)
         self.family = family
         self.shots, self.queries = shots, queries
         self.train_shots = train_shots or shots
@@ -329,8 +329,8 @@ class Sinusoid(RegressionDataModule):
         noise: float = 0.0,
         **common: Any,
     ) -> None:
-        _in_order(amplitude=amplitude, phase=phase, frequency=frequency)
-        super().__init__(Sinusoids(amplitude, phase, frequency, _deviation(noise)), **common)
+        in_order(amplitude=amplitude, phase=phase, frequency=frequency)
+        super().__init__(Sinusoids(amplitude, phase, frequency, standard_deviation(noise)), **common)
 
 
 class HarderSinusoid(Sinusoid):
@@ -363,7 +363,7 @@ class Linear(RegressionDataModule):
     """
 
     def __init__(self, noise: float = 0.0, **common: Any) -> None:
-        super().__init__(Lines(_deviation(noise)), **common)
+        super().__init__(Lines(standard_deviation(noise)), **common)
 
 
 class FourFamily(RegressionDataModule):
@@ -388,7 +388,7 @@ class FourFamily(RegressionDataModule):
     ) -> None:
         if not families or len(set(families)) < len(families):
             raise ValueError(f"families are {list(families)} but must be one or more, each once")
-        super().__init__(FourFamilies(families, phase, _deviation(noise)), **common)
+        super().__init__(FourFamilies(families, phase, standard_deviation(noise)), **common)
 
 
 class FiveFamily(RegressionDataModule):
@@ -407,16 +407,26 @@ class FiveFamily(RegressionDataModule):
     def __init__(self, families: Sequence[Mode] = MODES, noise: float = 0.3, **common: Any) -> None:
         if not families or len(set(families)) < len(families):
             raise ValueError(f"families are {list(families)} but must be one or more, each once")
-        super().__init__(FiveFamilies(families, _deviation(noise)), **common)
+        super().__init__(FiveFamilies(families, standard_deviation(noise)), **common)
 
 
-def _in_order(**ranges: Range) -> None:
+def in_order(**ranges: Range) -> None:
+    """Refuse ranges that are none, by the names of their settings.
+
+    Raises:
+        ValueError: naming the setting.
+    """
     for name, (low, high) in ranges.items():
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
             raise ValueError(f"{name} is [{low}, {high}] but must be two finite numbers, the lower one first")
 
 
-def _deviation(noise: float) -> float:
+def standard_deviation(noise: float) -> float:
+    """The setting ``noise`` as it is.
+
+    Raises:
+        ValueError: it is no standard deviation.
+    """
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise} but is a standard deviation: it must be finite and at least 0")
     return noise

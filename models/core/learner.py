@@ -63,6 +63,8 @@ class MetaLearner(pl.LightningModule):
     """What it measures of a task beside the metrics of its kind, by name."""
     selects_by: ClassVar[str | None] = None
     """The metric of meta-validation that its best checkpoint has unless told otherwise; None: its kind's headline."""
+    reads_facts: ClassVar[bool] = False
+    """Whether its support sets hold what data know of a task (``Support.facts``), which only an oracle may look at."""
 
     def __init__(
         self,
@@ -165,6 +167,10 @@ class MetaLearner(pl.LightningModule):
         """From here on evaluate with this control; see ``controls``."""
         raise NotImplementedError
 
+    def embedding_distances(self, a: Tensor, b: Tensor) -> Tensor:
+        """How far tasks are apart by their embeddings (A, d) and (B, d), (A, B): Euclidean unless it knows better."""
+        return torch.cdist(a, b)
+
     def embeddings(self, x: Tensor) -> Tensor | None:
         """Of inputs (N, *input) each by itself, (N, features), to be looked at; None where it has none."""
         return None
@@ -229,15 +235,18 @@ class MetaLearner(pl.LightningModule):
         e = episodes
         given = (("unlabelled", e.unlabelled_x), ("group", e.groups), ("classes", e.class_ids))
         optional = {name: t for name, t in given if t is not None}
+        told = e.task if self.reads_facts else {}
 
         def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *rows: Tensor) -> Any:
             known = dict(zip(optional, rows, strict=False))
-            task = Task(Support(support_x, support_y, e.ways, **known), query_x, query_y)
-            return function(task, *rows[len(optional) :])
+            rows = rows[len(optional) :]
+            facts = dict(zip(told, rows, strict=False)) if self.reads_facts else None
+            task = Task(Support(support_x, support_y, e.ways, **known, facts=facts), query_x, query_y)
+            return function(task, *rows[len(told) :])
 
         # In evaluation what a task draws must not depend on which tasks it is mapped with.
         randomness = "different" if self.training else "same"
-        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values(), *further)
+        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values(), *told.values(), *further)
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
@@ -346,8 +355,12 @@ class MetaLearner(pl.LightningModule):
         metrics = self.stage_metrics("test").compute()
         self.log_dict({f"test/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer is made with: the parameters that are trained, or groups with rates of their own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
+        trained = self.parameter_groups()
         if not trained:
             raise ConfigError("this learner has no parameters beside its frozen backbone: there is nothing to train")
         optimizer = self.optimizer(trained)

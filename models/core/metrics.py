@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -75,6 +76,31 @@ def regression_metrics(prediction: Prediction, target: Tensor, width: bool = Tru
         low, high = prediction.central(INTERVAL)
         metrics["width"] = (high - low).flatten(-2).mean(-1)
     return metrics
+
+
+DENSITIES: Mapping[str, Metric] = {
+    "marginal": Metric("higher", "log-density of a query (nats)"),
+    "joint": Metric("higher", "joint log-density of the queries, of each (nats)"),
+}
+"""What ``density_metrics`` measures: two that do not compare, since neighbouring queries tell of each other."""
+
+
+def density_metrics(prediction: Mixture, target: Tensor) -> dict[str, Tensor]:
+    """How likely a task's targets were, where the parts of a mixture are functions, which all queries share.
+
+    Args:
+        prediction: values' distribution.
+        target: (…, Q, out).
+
+    Returns:
+        marginal, the mean over queries of the log-density of each by itself; joint, the log-density of all queries
+        together over their number; nats, both (…,). Of one part they are the same.
+    """
+    of_parts = prediction.log_densities(target)
+    parts, queries = of_parts.shape[-2:]
+    marginal = of_parts.logsumexp(-2).mean(-1) - math.log(parts)
+    joint = (of_parts.sum(-1).logsumexp(-1) - math.log(parts)) / queries
+    return {"marginal": marginal, "joint": joint}
 
 
 def _squared_error(value: Tensor, target: Tensor) -> Tensor:
