@@ -11,6 +11,7 @@ from datamodules.images.omniglot import Omniglot
 from datamodules.images.tasks import ImageDataModule
 from datamodules.regression.functions import FiveFamily, FourFamily, HarderSinusoid, Linear, Sinusoid
 from datamodules.regression.gaussian_processes import GaussianProcesses
+from datamodules.regression.quadratics import Quadratics
 from datamodules.reinforcement.bandits import Bandits
 from datamodules.reinforcement.environments import EnvironmentDataModule
 from datamodules.reinforcement.gymnasium_tasks import GymnasiumTasks
@@ -30,6 +31,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     FourFamily,
     GaussianProcesses,
     FiveFamily,
+    Quadratics,
     Bandits,
     TabularMDPs,
     PointRobot,
@@ -61,6 +63,7 @@ __all__ = [
     "Linear",
     "Omniglot",
     "PointRobot",
+    "Quadratics",
     "Sinusoid",
     "Support",
     "TabularMDPs",

@@ -7,10 +7,15 @@ from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
+from models.conditioning.alfa import ALFA
+from models.conditioning.caml import CAML
+from models.conditioning.cnaps import CNAPs
 from models.conditioning.conditioned import Conditioned
 from models.conditioning.initialization import Attenuation, EmbeddingRows, Experts, LowRank
 from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
+from models.conditioning.simple_cnaps import SimpleCNAPs
+from models.conditioning.tadam import TADAM
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -23,11 +28,14 @@ from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
 from models.metric.relation_net import RelationNet
 from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, ResNet
+from models.networks.convolutional import ConvEncoder
 from models.networks.wrappers import Averaged, UnitLength
 from models.optimization.anil import ANIL
 from models.optimization.imaml import IMAML
+from models.optimization.learned_optimizer import LearnedOptimizer
 from models.optimization.leo import LEO
 from models.optimization.maml import MAML
+from models.optimization.meta_lstm import MetaLSTM
 from models.optimization.meta_sgd import MetaSGD
 from models.optimization.reptile import Reptile
 from models.reinforcement.bandit_strategies import BanditStrategy
@@ -36,6 +44,9 @@ from models.reinforcement.maml_policy import MAMLPolicy
 from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
+from models.reinforcement.varibad import VariBAD
+from models.task_embedding.bigan import BiGAN
+from models.task_embedding.cavia import CAVIA
 from models.task_embedding.encoders import (
     ConstantEmbedding,
     GradientMeans,
@@ -44,7 +55,11 @@ from models.task_embedding.encoders import (
     SetEncoder,
     TaskLabel,
 )
+from models.task_embedding.gradient_pca import GradientPCA
 from models.task_embedding.hsml import HSML
+from models.task_embedding.neural_statistician import NeuralStatistician
+from models.task_embedding.probabilistic_task_model import ProbabilisticTaskModel
+from models.task_embedding.task2vec import Task2Vec
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -52,9 +67,15 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MetaSGD,
     Reptile,
     IMAML,
+    ALFA,
+    MetaLSTM,
+    LearnedOptimizer,
     BMAML,
     ABML,
     HSML,
+    CAVIA,
+    Task2Vec,
+    GradientPCA,
     ProtoNet,
     MatchingNet,
     RelationNet,
@@ -65,6 +86,10 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NearestNeighbour,
     LEO,
     WeightGenerator,
+    TADAM,
+    CNAPs,
+    SimpleCNAPs,
+    CAML,
     CNP,
     NP,
     ANP,
@@ -73,6 +98,10 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAMLPolicy,
     PEARL,
     Conditioned,
+    VariBAD,
+    NeuralStatistician,
+    ProbabilisticTaskModel,
+    BiGAN,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -82,10 +111,13 @@ load = MetaLearner.load_from_checkpoint
 
 __all__ = [
     "ABML",
+    "ALFA",
     "ALGORITHMS",
     "ANIL",
     "ANP",
     "BMAML",
+    "CAML",
+    "CAVIA",
     "CNP",
     "HSML",
     "IMAML",
@@ -97,32 +129,41 @@ __all__ = [
     "RL2",
     "SNAIL",
     "STRATEGIES",
+    "TADAM",
     "TNP",
     "Attenuation",
     "Averaged",
     "BanditStrategy",
     "Baseline",
+    "BiGAN",
+    "CNAPs",
     "Conditioned",
     "ConstantEmbedding",
     "Conv2",
     "Conv4",
+    "ConvEncoder",
     "EmbeddingRows",
     "Experts",
     "GaussianProcess",
     "GradientMeans",
+    "GradientPCA",
     "Learn2Learn",
+    "LearnedOptimizer",
     "LowRank",
     "MAMLPolicy",
     "MDPStrategy",
     "MatchingNet",
     "MetaGAN",
     "MetaGANRelation",
+    "MetaLSTM",
     "MetaLearner",
     "MetaSGD",
     "Modulation",
     "NearestNeighbour",
     "Network",
+    "NeuralStatistician",
     "Pretrained",
+    "ProbabilisticTaskModel",
     "ProtoNet",
     "PrototypeMean",
     "Rates",
@@ -132,10 +173,13 @@ __all__ = [
     "Reptile",
     "ResNet",
     "SetEncoder",
+    "SimpleCNAPs",
+    "Task2Vec",
     "TaskLabel",
     "TrainedEmbedding",
     "UnitLength",
     "UpdateRule",
+    "VariBAD",
     "WeightGenerator",
     "load",
 ]

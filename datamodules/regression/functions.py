@@ -183,6 +183,7 @@ class RegressionTasks(TaskDistribution):
         family: of the functions.
         shots, queries: points of the support set and of the query set; the noise is on both.
         x_range: the points are uniform in it.
+        grid: the query set's are evenly spaced in it instead, both ends included; the support sets stay the same.
         tasks: number of functions; episode i observes function i mod ``tasks``, at points of its own. None: every
             episode has its own function.
         seed, split: of the episodes.
@@ -199,6 +200,7 @@ class RegressionTasks(TaskDistribution):
         queries: int,
         *,
         x_range: Range,
+        grid: bool = False,
         tasks: int | None,
         seed: int,
         split: str,
@@ -206,7 +208,7 @@ class RegressionTasks(TaskDistribution):
     ) -> None:
         self.task_groups = task_groups
         self.family, self.shots, self.queries = family, shots, queries
-        self.x_range, self.tasks = x_range, tasks
+        self.x_range, self.grid, self.tasks = x_range, grid, tasks
         self.seed, self.split = seed, split
 
     def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -231,6 +233,8 @@ class RegressionTasks(TaskDistribution):
         task = {name: value.float() if value.is_floating_point() else value for name, value in task.items()}
         points = self.shots + self.queries
         x = torch.from_numpy(rng.uniform(*self.x_range, points, 1)).float()
+        if self.grid:
+            x[:, self.shots :, 0] = torch.linspace(*self.x_range, self.queries)
         noise = torch.from_numpy(rng.normal(points, 1)).float()
         y = self.function(task, x) + self.family.deviation(task)[:, None, None] * noise
         return Episodes(
@@ -255,6 +259,7 @@ class RegressionDataModule(EpisodicDataModule):
         train_queries: queries in meta-training; MAML's code takes as many as shots (None: the same as queries).
         train_tasks: number of meta-training functions, each met again and again at new points (None: no limit).
         x_range: the points are uniform in it.
+        grid: meta-validation and meta-test measure on evenly spaced queries from one end of x_range to the other.
         meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule.
     """
 
@@ -270,6 +275,7 @@ class RegressionDataModule(EpisodicDataModule):
         train_queries: int | None = 10,
         train_tasks: int | None = None,
         x_range: Range = (-5.0, 5.0),
+        grid: bool = False,
         meta_batch_size: int = 25,
         val_tasks: int = 600,
         test_tasks: int = 10_000,
@@ -286,7 +292,7 @@ class RegressionDataModule(EpisodicDataModule):
         self.train_shots = train_shots or shots
         self.train_queries = train_queries or queries
         self.train_tasks = train_tasks
-        self.x_range = x_range
+        self.x_range, self.grid = x_range, grid
 
     def task_shape(self) -> dict[str, int]:
         return {"shots": self.shots, "queries": self.queries}
@@ -298,6 +304,7 @@ class RegressionDataModule(EpisodicDataModule):
             self.train_shots if train else self.shots,
             self.train_queries if train else self.queries,
             x_range=self.x_range,
+            grid=self.grid and not train,
             tasks=self.train_tasks if train else None,
             seed=self.seed,
             split=split,

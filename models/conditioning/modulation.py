@@ -16,8 +16,8 @@ from models.networks.modulation import modulation_points
 class Modulation(Conditioning):
     """Scales, and shifts, the channels of every layer of the backbone by what a linear map of the embedding says.
 
-    As MMAML has it (Vuorio et al., NeurIPS 2019, section 4.2), before each nonlinearity; the maps start from weights
-    of deviation 0.01 and no bias.
+    As MMAML has it (Vuorio et al., NeurIPS 2019, section 4.2), before each nonlinearity. The maps start from weights of
+    deviation 0.01 and no bias, so that FiLM starts close to no change.
 
     Args:
         form: "film", scale 1 + γ and shift β (Perez et al., AAAI 2018); "sigmoid", gates between 0 and 1; "softmax",

@@ -16,12 +16,13 @@ class BaseLearner(nn.Module):
     Args:
         backbone: of the features.
         outputs: rows of the head: ways, or the dimension of y.
+        bias: whether the head has one.
     """
 
-    def __init__(self, backbone: Backbone, outputs: int) -> None:
+    def __init__(self, backbone: Backbone, outputs: int, bias: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.out_features, outputs)
+        self.head = nn.Linear(backbone.out_features, outputs, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x))

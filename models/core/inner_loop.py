@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 
 from datamodules.core.episodes import Support, Task
 from models.core.base_learner import Parameters
@@ -145,33 +145,67 @@ def inner_gradient(
         return grad(loss)(parameters, *others)
 
 
+UpdateRule = Callable[[int, Parameters, Parameters, Tensor, Any], tuple[Parameters, Any]]
+"""One inner step: from its number, the parameters, the gradient and the value of the support loss and what the rule
+keeps from step to step, the next parameters and what it keeps of this one."""
+
+
+def inner_path(
+    loss: Callable[[Parameters, int], Tensor],
+    parameters: Parameters,
+    rule: UpdateRule,
+    steps: int,
+    memory: Any = None,
+    first_order: bool = False,
+    first_step: int = 0,
+) -> Iterator[tuple[Parameters, Any]]:
+    """Steps of an update rule on a support loss: yields parameters and memory before the first step and after each one.
+
+    Differentiable through every step with respect to ``parameters`` and to what the rule uses, and usable under
+    ``no_grad`` and ``inference_mode``, where it keeps no graph.
+
+    Args:
+        loss: the support loss of the parameters that adapt, at a step counted from 0.
+        parameters: to start from.
+        rule: makes a step; no mixed precision is used inside of it.
+        steps: number of steps, 0 or more.
+        memory: what the rule keeps, before the first step.
+        first_order: take gradients and values of the loss as constants.
+        first_step: the number of the first step, where a path goes on.
+    """
+    yield parameters, memory
+    for step in range(first_step, first_step + steps):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not first_order), inner(parameters):
+            gradient, value = grad_and_value(loss)(parameters, step)
+        with inner(parameters):
+            parameters, memory = rule(step, parameters, gradient, value, memory)
+        yield parameters, memory
+
+
 def sgd_path(
     loss: Callable[[Parameters, int], Tensor],
     parameters: Parameters,
     rate: float | Callable[[int], Parameters],
     steps: int,
     first_order: bool = False,
+    clip: float | None = None,
 ) -> Iterator[Parameters]:
-    """Gradient descent from ``parameters``: yields them before the first step and after each one.
-
-    Differentiable through every step with respect to ``parameters`` (Finn et al., ICML 2017, eq. 1), and usable
-    under ``no_grad`` and ``inference_mode``, where it keeps no graph.
+    """Gradient descent from ``parameters`` (Finn et al., ICML 2017, eq. 1): ``inner_path`` of one rule.
 
     Args:
-        loss: the support loss of the parameters that adapt, at a step counted from 0.
-        parameters: to start from.
+        loss, parameters, steps, first_order: see ``inner_path``; FOMAML is of first order.
         rate: the inner learning rate; or for each step one for each parameter, of its shape or a scalar.
-        steps: number of steps, 0 or more.
-        first_order: take the inner gradients as constants (FOMAML).
+        clip: what each entry of an inner gradient is limited to, either way.
     """
-    yield parameters
-    for step in range(steps):
-        gradient = inner_gradient(loss, parameters, step)
-        if first_order:
-            gradient = {name: g.detach() for name, g in gradient.items()}
-        rates = rate(step) if callable(rate) else dict.fromkeys(parameters, rate)
-        parameters = {name: p - rates[name] * gradient[name] for name, p in parameters.items()}
-        yield parameters
+
+    def descend(step: int, at: Parameters, gradient: Parameters, *_: Any) -> tuple[Parameters, None]:
+        if clip is not None:
+            gradient = {name: g.clamp(-clip, clip) for name, g in gradient.items()}
+        rates = rate(step) if callable(rate) else dict.fromkeys(at, rate)
+        return {name: p - rates[name] * gradient[name] for name, p in at.items()}, None
+
+    for reached, _ in inner_path(loss, parameters, descend, steps, first_order=first_order):
+        yield reached
 
 
 def mini_batches(
@@ -193,6 +227,17 @@ def shuffled_passes(
     """Which examples each step takes, (batch,): passes through shuffled ones, whose last step takes what is left."""
     for _ in range(passes):
         yield from torch.rand(examples, generator=generator, device=device).argsort().split(batch)
+
+
+def flat(parameters: Parameters) -> Tensor:
+    """All elements of the parameters, end to end, (N,)."""
+    return torch.cat([p.flatten() for p in parameters.values()])
+
+
+def unflat(elements: Tensor, like: Parameters) -> Parameters:
+    """Parameters of the names and shapes of ``like`` from their elements, (N,)."""
+    parts = elements.split([p.numel() for p in like.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(like.items(), parts, strict=True)}
 
 
 def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:

@@ -78,6 +78,41 @@ ALGORITHMS = {
         *("--model", "models.HSML", *BACKBONE, "--model.outputs", "3", "--model.inner_rate", "0.01"),
         *("--model.inner_steps", "2", "--model.features", "8", "--model.hidden", "6"),
     ],
+    "ALFA": [
+        *("--model", "models.ALFA", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *("--model.inner_rate", "0.1", "--model.code_size", "2"),
+    ],
+    "MetaLSTM": [
+        *("--model", "models.MetaLSTM", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "3"),
+        *("--model.hidden", "4"),
+    ],
+    "LearnedOptimizer": [
+        *("--model", "models.LearnedOptimizer", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "4"),
+        *("--model.window", "2", "--model.eval_inner_steps", "6", "--model.scale", "0.1"),
+    ],
+    "LearnedOptimizerPES": [
+        *("--model", "models.LearnedOptimizer", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "4"),
+        *("--model.window", "2", "--model.eval_inner_steps", "6", "--model.scale", "0.1"),
+        *("--model.estimator", "pes"),
+    ],
+    "CAVIA": [
+        *("--model", "models.CAVIA", *BACKBONE, "--model.backbone.downsample", "pool", "--model.outputs", "3"),
+        *("--model.conditioning", "film", "--model.context_size", "6", "--model.inner_steps", "2"),
+    ],
+    "Task2Vec": ["--model", "models.Task2Vec", *BACKBONE, "--model.iterations", "50"],
+    "GradientPCA": [
+        *("--model", "models.GradientPCA", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *(
+            "--model.components",
+            "4",
+            "--model.records",
+            "16",
+            "--model.projected",
+            "64",
+            "--model.first_order",
+            "false",
+        ),
+    ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "Baseline": [
         *("--model", "models.Baseline", *BACKBONE, "--model.classes", "12"),
@@ -103,6 +138,13 @@ ALGORITHMS = {
         *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
         *("--model.gan.hidden", "4", "--model.gan.latents", "6", "--model.gan.noise", "5"),
     ],
+    "TADAM": ["--model", "models.TADAM", *BACKBONE, "--model.classes", "12"],
+    "CNAPs": ["--model", "models.CNAPs", *BACKBONE, "--model.code", "6"],
+    "SimpleCNAPs": ["--model", "models.SimpleCNAPs", *BACKBONE, "--model.code", "6"],
+    "CAML": [
+        *("--model", "models.CAML", *BACKBONE, "--model.max_ways", "4", "--model.code_size", "8"),
+        *("--model.layers", "2", "--model.heads", "2", "--model.dense", "12"),
+    ],
     "SNAIL": [
         *("--model", "models.SNAIL", *BACKBONE, "--model.labels", "4", "--model.filters", "8"),
         *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
@@ -111,6 +153,22 @@ ALGORITHMS = {
         *("--model", "models.Conditioned", "--model.learner", "models.MAML", *under("learner", MAML[2:])),
         *("--model.embedding", "models.SetEncoder", *under("embedding", BACKBONE), "--model.embedding.size", "6"),
         *("--model.conditioning", "models.Modulation"),
+    ],
+    "NeuralStatistician": [
+        *("--model", "models.NeuralStatistician", "--model.backbone", "models.ConvEncoder"),
+        *("--model.backbone.widths", "[6, 8]", "--model.backbone.convs", "1", "--model.backbone.image_size", "16"),
+        *("--model.context", "6", "--model.latents", "3", "--model.hidden", "8", "--model.layers", "2"),
+        *("--model.widths", "[6, 8]", "--model.convs", "2"),
+        # As published; the loss is a sum over pixels.
+        *("--trainer.gradient_clip_val", "0.5", "--trainer.gradient_clip_algorithm", "value"),
+    ],
+    "ProbabilisticTaskModel": [
+        *("--model", "models.ProbabilisticTaskModel", *BACKBONE, "--model.latents", "4", "--model.themes", "3"),
+        *("--model.widths", "[4, 6]", "--model.theme_rate", "0.01"),
+    ],
+    "BiGAN": [
+        *("--model", "models.BiGAN", *BACKBONE, "--model.codes", "4", "--model.noise", "2", "--model.hidden", "8"),
+        *("--model.widths", "[4, 6]"),
     ],
 }
 SINUSOIDS = [
@@ -156,6 +214,16 @@ AGENTS = {
         *("--data", "datamodules.PointRobot", "--data.horizon", "4", "--data.episodes", "3"),
         *("--data.train_tasks", "5", "--data.meta_batch_size", "4"),
     ],
+    "VariBAD": [
+        *("--model", "models.VariBAD", "--model.observations", "2", "--model.actions", "2"),
+        *("--model.discrete", "false", "--model.embedding", "5", "--model.minibatches", "2"),
+        *("--model.latents", "3", "--model.encoder_hidden", "6", "--model.embeddings", "[4, 3, 2]"),
+        *("--model.decoder_hidden", "[6, 5]", "--model.state_weight", "0.5", "--model.hidden", "[8, 7]"),
+        *("--model.vae_batch", "5", "--model.vae_updates", "2", "--model.buffer", "10"),
+        *("--model.elbo_terms", "7", "--model.decoded_steps", "6"),
+        *("--data", "datamodules.PointRobot", "--data.horizon", "4", "--data.episodes", "2"),
+        *("--data.meta_batch_size", "4"),
+    ],
 }
 LEARNERS = ALGORITHMS | REGRESSORS | AGENTS
 # What has nothing to train.
@@ -178,7 +246,14 @@ NOISELESS = {
         *("--model.hyperprior_weight", "0"),
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
+    "BiGAN": ["--model.stochastic", "false"],
+    "NeuralStatistician": ["--model.stochastic", "false"],
+    "ProbabilisticTaskModel": ["--model.stochastic", "false"],
+    "LearnedOptimizer": ["--model.random_start", "false"],
+    # What estimates a gradient by noise is compared by the gradient.
+    "LearnedOptimizerPES": ["--model.random_start", "false", "--model.estimator", "gradient"],
     "RL2": ["--model.minibatches", "1"],
+    "VariBAD": ["--model.minibatches", "1"],
     # Along flat directions conjugate gradients make rounding errors grow.
     "MAMLPolicyTRPO": ["--model.damping", "0.1"],
     "MetaGAN": ["--model.gan.stochastic", "false"],
