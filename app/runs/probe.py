@@ -71,9 +71,9 @@ class Probe:
 
     def adaptation(self, tasks: int) -> np.ndarray | None:
         """The headline metric of the first tasks along the inner loop, (T, steps + 1); None where it has no steps."""
-        block, curves = self.tasks.block or tasks, []
-        for start in range(0, tasks, block):
-            _, ready = self.sample(range(start, min(start + block, tasks)))
+        curves = []
+        for indices in self.tasks.alike(range(tasks)):
+            _, ready = self.sample(indices)
             predictions = self.along(ready)
             states = (predictions.mean if isinstance(predictions, Mixture) else predictions).shape[1]
             if states < 2:

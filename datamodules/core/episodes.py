@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from typing import Any, Self
 
 import torch
@@ -178,14 +178,11 @@ class TaskDistribution:
         class_names, group_names: by the class ids of ``Episodes.task["classes"]``, names and groups of the classes.
         task_groups: what kinds of tasks there are: the fact that has each task's number, and their names by it.
         x_range: that inputs of one number lie in.
-        block: where tasks differ in shape, those of numbers [k · block, (k + 1) · block) do not, and only tasks of one
-            block are sampled together; None: all have the same shape.
     """
 
     seed: int | None = None
     task_groups: tuple[str, tuple[str, ...]] | None = None
     x_range: tuple[float, float] | None = None
-    block: int | None = None
 
     @property
     def class_names(self) -> list[str] | None:
@@ -202,6 +199,10 @@ class TaskDistribution:
     def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor | None:
         """The true functions of tasks (T, …) at inputs (N, 1), without noise, (T, N, 1)."""
         return None
+
+    def alike(self, indices: Sequence[int]) -> list[list[int]]:
+        """These numbers in groups of tasks of one shape, which alone are sampled together; the first one's leads."""
+        return [list(indices)]
 
     def sample(self, indices: Sequence[int]) -> MetaBatch:
         """The tasks of these numbers."""
@@ -252,31 +253,41 @@ class TrainingTasks(Sampler[list[int]]):
 
 
 class EvaluationTasks(Sampler[list[int]]):
-    """Tasks 0 … total-1 once, in batches; each process a disjoint share, none repeated.
+    """Tasks 0 … total-1 once, in batches; each process a disjoint share, none repeated."""
 
-    Args:
-        total: number of tasks.
-        batch: tasks of a batch.
-        rank: this process.
-        world_size: number of processes.
-        block: no batch has tasks of two blocks, see TaskDistribution. Where the last one has fewer tasks than there are
-            processes, those without a share repeat one: metrics count a task once.
-
-    Raises:
-        ValueError: fewer tasks than processes.
-    """
-
-    def __init__(self, total: int, batch: int, rank: int, world_size: int, block: int | None = None) -> None:
+    def __init__(self, total: int, batch: int, rank: int, world_size: int) -> None:
         if total < world_size:
             raise ValueError(f"{total} evaluation tasks for {world_size} processes: ask for at least one each")
-        self.batches: list[list[int]] = []
-        for start in range(0, total, block or total):
-            tasks = range(start, min(start + (block or total), total))
-            share = list(tasks[rank::world_size]) or [tasks[rank % len(tasks)]]
-            # As many batches on every process: DDP's forward waits for the others.
-            count = max(1, min(-(-len(tasks) // (batch * world_size)), len(tasks) // world_size))
-            cuts = [len(share) * i // count for i in range(count + 1)]
-            self.batches += [share[a:b] for a, b in pairwise(cuts)]
+        share = list(range(rank, total, world_size))
+        # As many batches on every process: DDP's forward waits for the others.
+        count = min(-(-total // (batch * world_size)), total // world_size)
+        cuts = [len(share) * i // count for i in range(count + 1)]
+        self.batches = [share[a:b] for a, b in pairwise(cuts)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class EvaluationGroups(Sampler[list[int]]):
+    """Tasks of several shapes once, in batches of one shape; each process has as many batches, of others.
+
+    Where batches do not divide among the processes the first are repeated: metrics count a task once.
+
+    Args:
+        groups: numbers of tasks of one shape each.
+        batch: most tasks of a batch.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], batch: int, rank: int, world_size: int) -> None:
+        batches = [list(group[i : i + batch]) for group in groups for i in range(0, len(group), batch)]
+        # As many on every process: DDP's forward waits for the others.
+        whole = -(-len(batches) // world_size) * world_size
+        self.batches = list(islice(cycle(batches), rank, whole, world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)

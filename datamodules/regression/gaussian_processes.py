@@ -43,7 +43,6 @@ KERNELS: dict[Kernel, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "periodic": periodic,
 }
 """Correlations at a distance, in the order of the numbers that ``Episodes.task["kernel"]`` has."""
-EVALUATED_TOGETHER = 16  # tasks of one size in evaluation, as in the published test
 
 
 def distances(x: Tensor, other: Tensor) -> Tensor:
@@ -79,13 +78,12 @@ class GaussianProcessTasks(TaskDistribution):
         points: most points of a task, where queries are drawn.
         x_range, lengthscale, scale, period: ranges that each is uniform in.
         noise: standard deviation of an observation's noise.
-        block: tasks of one size.
+        block: tasks of one size: episode i is of block i // ``block``.
         seed, split: of the episodes.
     """
 
     seed: int
     x_range: Range
-    block: int
 
     def __init__(
         self,
@@ -111,25 +109,34 @@ class GaussianProcessTasks(TaskDistribution):
         self.ranges = {"lengthscale": lengthscale, "scale": scale, "period": period}
         self.seed, self.split = seed, split
 
-    def sizes(self, indices: Sequence[int]) -> tuple[int, int]:
-        """Shots and queries of the block that these episodes are of.
-
-        Raises:
-            ValueError: they are of several, which may differ in size.
-        """
-        first, *others = {int(i) // self.block for i in indices}
-        if others:
-            raise ValueError(f"tasks differ in size: sample those of one block of {self.block} at a time")
-        # A stream that is no episode's: blocks are numbered where episodes never get to.
-        rng = TaskStreams(self.seed, self.split, [2**63 + first])
+    def sizes(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Shots and queries of each episode, (T, 2)."""
+        # Streams that are no episode's: blocks are numbered where episodes never get to.
+        blocks = np.asarray(indices, np.uint64) // np.uint64(self.block)
+        rng = TaskStreams(self.seed, self.split, np.uint64(2**63) + blocks)
         low, high = self.shots if isinstance(self.shots, tuple) else (self.shots, self.shots)
-        shots = low + int(rng.integers(high - low + 1)[0])
-        drawn = self.least_queries + int(rng.integers(max(1, self.points - shots - self.least_queries + 1))[0])
-        return shots, drawn if self.queries is None else self.queries
+        shots = low + rng.integers(high - low + 1)
+        if self.queries is not None:
+            return np.stack([shots, np.full_like(shots, self.queries)], 1)
+        most = self.points - shots
+        return np.stack([shots, self.least_queries + rng.integers(most - self.least_queries + 1)], 1)
+
+    def alike(self, indices: Sequence[int]) -> list[list[int]]:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, (shots, queries) in zip(indices, self.sizes(indices).tolist(), strict=True):
+            groups.setdefault((shots, queries), []).append(index)
+        return list(groups.values())
 
     def sample(self, indices: Sequence[int]) -> Episodes:
+        """The tasks of these numbers.
+
+        Raises:
+            ValueError: they differ in size, see ``alike``.
+        """
         index = np.asarray(indices, np.int64)
-        shots, queries = self.sizes(indices)
+        (shots, queries), *others = np.unique(self.sizes(index), axis=0).tolist()
+        if others:
+            raise ValueError("these tasks differ in size: sample those that are alike together")
         rng = TaskStreams(self.seed, self.split, index)
         drawn = {name: torch.from_numpy(rng.uniform(low, high)).float() for name, (low, high) in self.ranges.items()}
         x = torch.from_numpy(rng.uniform(*self.x_range, shots + queries, 1)).float()
@@ -154,8 +161,9 @@ class GaussianProcessTasks(TaskDistribution):
 class GaussianProcesses(EpisodicDataModule):
     """Functions from Gaussian processes: trained on those of one kernel, tested on those of the same or of another.
 
-    The protocol of Nguyen and Grover (ICML 2022): in meta-training all tasks of a meta-batch have one number of shots,
-    uniform in {3, …, 46}, and one of queries, uniform in {3, …, 49 - shots}; in evaluation each 16 tasks have.
+    The protocol of Nguyen and Grover (ICML 2022): shots are uniform in {3, …, 46}, queries in {3, …, 49 - shots}. In
+    meta-training all tasks of a meta-batch have the same; in evaluation each task has its own, so that tasks are
+    independent, as their intervals take them to be.
 
     Args:
         kernel: of meta-training and meta-validation.
@@ -169,6 +177,7 @@ class GaussianProcesses(EpisodicDataModule):
         scale: range of the standard deviation of function values.
         period: range of the periodic kernel's p, in units of x.
         noise: standard deviation of an observation's noise.
+        same_size: tasks in a row that share their size in evaluation; 16 in the published test.
         meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule.
     """
 
@@ -187,17 +196,18 @@ class GaussianProcesses(EpisodicDataModule):
         scale: Range = (0.1, 1.0),
         period: Range = (0.1, 0.5),
         noise: float = 0.02,
+        same_size: int = 1,
         meta_batch_size: int = 16,
-        val_tasks: int = 640,
+        val_tasks: int = 600,
         test_tasks: int = 10_000,
-        eval_batch_size: int = 16,
+        eval_batch_size: int = 100,
         workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed)
         low, high = shots if isinstance(shots, tuple) else (shots, shots)
         in_order(x_range=x_range, lengthscale=lengthscale, scale=scale, period=period, shots=(low, high))
-        at_least(1, shots=low, queries=queries, least_queries=least_queries)
+        at_least(1, shots=low, queries=queries, least_queries=least_queries, same_size=same_size)
         if queries is None and points < high + least_queries:
             raise ValueError(
                 f"points is {points}, which leaves fewer than {least_queries} queries beside {high} shots: "
@@ -210,7 +220,7 @@ class GaussianProcesses(EpisodicDataModule):
             raise ValueError("noise is 0, without which covariances have no Cholesky factor: give some")
         self.kernel: Kernel = kernel
         self.test_kernel: Kernel = test_kernel or kernel
-        self.shots, self.queries = shots, queries
+        self.shots, self.queries, self.same_size = shots, queries, same_size
         self.settings = {"least_queries": least_queries, "points": points, "x_range": x_range, "noise": noise}
         self.settings |= {"lengthscale": lengthscale, "scale": scale, "period": period}
 
@@ -229,7 +239,7 @@ class GaussianProcesses(EpisodicDataModule):
             self.shots,
             self.queries,
             **self.settings,
-            block=self.meta_batch_size if split == "train" else EVALUATED_TOGETHER,
+            block=self.meta_batch_size if split == "train" else self.same_size,
             seed=self.seed,
             split=split,
         )

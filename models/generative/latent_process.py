@@ -59,7 +59,7 @@ class LatentProcess(ProcessLearner):
     """
 
     latent: nn.Module
-    own_metrics = {"kl": Metric(label="KL(q(z | support, queries) ‖ q(z | support)) (nats)")}
+    own_metrics = {"kl": Metric(label="divergence of the latent with queries and without (nats)")}
 
     def __init__(
         self,

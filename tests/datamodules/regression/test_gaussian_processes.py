@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from sklearn.gaussian_process.kernels import RBF, ExpSineSquared, Kernel, Matern
 
 import app  # noqa: F401  before anything imports pytorch_lightning
 from datamodules import GaussianProcesses
-from datamodules.core.episodes import EvaluationTasks
+from datamodules.core.episodes import EvaluationGroups
 from datamodules.regression.gaussian_processes import KERNELS, covariance
 from tests.support.image_tasks import chi_square_is_plausible, same
 
@@ -30,8 +28,8 @@ def of_sklearn(kernel: str, lengthscale: float, period: float) -> Kernel:
 def test_covariances_are_scikit_learns(kernel):
     """Catches a wrong formula: 2ℓ² for ℓ², a variance for a deviation, a period of 2p, a kernel under another's
     number; and hyperparameters that depend on how tasks are mapped over."""
-    tasks = GaussianProcesses(kernel=kernel).distribution("val").sample(range(5))
-    x = tasks.support_x.double()[:, :3], tasks.query_x.double()[:, :2]
+    tasks = GaussianProcesses(kernel=kernel, shots=3, queries=2).distribution("val").sample(range(5))
+    x = tasks.support_x.double(), tasks.query_x.double()
     mapped = torch.vmap(covariance)(tasks.task, *x)
     assert tasks.task["kernel"].unique().tolist() == [list(KERNELS).index(kernel)]
     for i in range(5):
@@ -77,9 +75,7 @@ def test_hyperparameters_and_points_are_drawn_from_their_ranges():
 
 def test_sizes_are_those_of_the_protocol():
     """Catches shots of 3 to 47 or queries of 3 to 50 - shots, and sizes that are not uniform."""
-    tasks = GaussianProcesses().distribution("train")
-    sizes = np.array([tasks.sizes([16 * i]) for i in range(8_000)])
-    shots, queries = sizes.T
+    shots, queries = GaussianProcesses().distribution("test").sizes(range(20_000)).T
     assert (shots.min(), shots.max()) == (3, 46)
     assert chi_square_is_plausible(shots - 3, 44)
     for n in (3, 20, 40):
@@ -89,18 +85,36 @@ def test_sizes_are_those_of_the_protocol():
     assert (queries[shots == 46] == 3).all()
 
 
-@pytest.mark.parametrize(("split", "block"), [("train", 5), ("val", 16), ("test", 16)])
-def test_sizes_are_a_blocks(split, block):
-    """Catches a meta-batch of tasks that do not go into one tensor, sizes by the batch of evaluation, and a task that
-    depends on which others are sampled along."""
-    tasks = GaussianProcesses(meta_batch_size=5, eval_batch_size=3).distribution(split)
-    assert tasks.block == block
-    for start in (0, 7 * block):
-        together = tasks.sample(range(start, start + block))
+def test_a_meta_batch_has_one_size():
+    """Catches a meta-batch of tasks that do not go into one tensor, meta-batches that are all of one size, and a task
+    that depends on which others are sampled along."""
+    tasks = GaussianProcesses(meta_batch_size=5).distribution("train")
+    assert (tasks.sizes(range(100)).reshape(20, 5, 2) == tasks.sizes(range(0, 100, 5))[:, None]).all()
+    assert len(np.unique(tasks.sizes(range(0, 250, 5)), axis=0)) > 40
+    for start in (0, 35):
+        together = tasks.sample(range(start, start + 5))
         assert same(together, 3, tasks.sample([start + 4, start + 3]), 1)
-    assert len({tasks.sizes([block * i]) for i in range(50)}) > 40
-    with pytest.raises(ValueError, match="one block"):
-        tasks.sample([block - 1, block])
+    with pytest.raises(ValueError, match="differ in size"):
+        tasks.sample([4, 5])
+
+
+def test_tasks_of_evaluation_have_sizes_of_their_own():
+    """Catches tasks that share their sizes, as in the published test: a mean of them varies three times as much as
+    its interval, which takes them to be independent, says. And tasks of other sizes, or none, in a group."""
+    tasks = GaussianProcesses().distribution("test")
+    sizes = tasks.sizes(range(4000)).astype(float)
+    assert np.abs([np.corrcoef(s[:-1], s[1:])[0, 1] for s in sizes.T]).max() < 4 / np.sqrt(4000)
+    published = GaussianProcesses(same_size=16).distribution("test").sizes(range(4000)).reshape(250, 16, 2)
+    assert (published == published[:, :1]).all() and len(np.unique(published[:, 0], axis=0)) > 200
+    groups = tasks.alike(range(300))
+    assert sorted(i for group in groups for i in group) == list(range(300)) and len(groups) < 290
+    for group in groups:
+        batch = tasks.sample(group)
+        assert batch.index.tolist() == group and [batch.support_x.shape[1], batch.query_x.shape[1]] == [
+            *tasks.sizes(group[-1:])[0]
+        ]
+        assert same(batch, len(group) - 1, tasks.sample(group[-1:]), 0)
+    assert [group[0] for group in groups] == sorted(group[0] for group in groups)
 
 
 def test_the_kernel_of_the_tests_is_another():
@@ -115,28 +129,29 @@ def test_the_kernel_of_the_tests_is_another():
     assert not torch.allclose(one.support_y, other.support_y)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize(("total", "batch"), [(40, 16), (40, 5), (33, 16), (48, 100), (49, 4)])
-def test_blocks_are_evaluated_once_by_all_processes_together(world, total, batch):
-    """Catches a batch across two blocks, a task that is left out, processes with fewer batches, which DDP waits for,
-    and a repeated task where each process has one of its own."""
-    shares = [list(EvaluationTasks(total, batch, rank, world, block=16)) for rank in range(world)]
-    assert len({len(share) for share in shares}) == 1
-    for batches in zip(*shares, strict=True):
-        assert all(0 < len(b) <= batch + 1 and len({i // 16 for i in b}) == 1 for b in batches)
-        assert len({i // 16 for b in batches for i in b}) == 1
-    counted = Counter(i for share in shares for b in share for i in b)
-    assert set(counted) == set(range(total))
-    repeated = {i for i, n in counted.items() if n > 1}
-    assert all(i // 16 == total // 16 and total % 16 < world for i in repeated)
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("groups", [[[0, 2, 4, 5, 6], [1], [3]], [[0, 1], [2, 3]], [[0], [1]]])
+def test_groups_are_evaluated_by_all_processes_together(world, groups):
+    """Catches a batch across two groups, a task that is left out, processes with fewer batches, which DDP waits for,
+    and more repeated than fills up the last round."""
+    shares = [list(EvaluationGroups(groups, 2, rank, world)) for rank in range(world)]
+    (length,) = {len(share) for share in shares}
+    every = [b for share in shares for b in share]
+    assert all(0 < len(b) <= 2 and any(set(b) <= set(group) for group in groups) for b in every)
+    different = {tuple(b) for b in every}
+    assert sorted(i for b in different for i in b) == sorted(i for group in groups for i in group)
+    assert length == -(-len(different) // world)
+    assert world > 1 or len(every) == len(different)
 
 
 def test_evaluation_loads_every_task_once():
-    """Catches a loader that cuts batches without asking for blocks."""
-    data = GaussianProcesses(val_tasks=40, eval_batch_size=10)
+    """Catches a loader that cuts batches without asking what is alike."""
+    data = GaussianProcesses(val_tasks=200, eval_batch_size=2)
     batches = list(data.val_dataloader())
-    assert torch.equal(torch.cat([b.index for b in batches]), torch.arange(40))
-    assert len({b.support_x.shape[1] for b in batches}) == 3
+    assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(200))
+    assert {len(b) for b in batches} == {1, 2}
+    fixed = list(GaussianProcesses(val_tasks=200, shots=5, queries=4).val_dataloader())
+    assert [len(b) for b in fixed] == [100, 100]
 
 
 @pytest.mark.parametrize(
