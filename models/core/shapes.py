@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -23,7 +25,7 @@ def fits(learner: torch.nn.Module, inputs: Tensor) -> None:
     tensors = {
         n: t[0] if backbone.particles else t for n, t in (*backbone.named_parameters(), *backbone.named_buffers())
     }
-    like = next(backbone.parameters())
+    like = next(chain(backbone.parameters(), learner.parameters()), torch.zeros(()))  # a backbone may have none
     try:
         with torch.no_grad():
             features = functional_call(backbone, tensors, like.new_zeros(2, *inputs.shape[1:])).shape[1]

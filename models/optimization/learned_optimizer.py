@@ -147,9 +147,9 @@ class LearnedOptimizer(GradientLearner):
         for step, at in enumerate(self.path(self.weights(), support, self.start(support.ways), 0, self.steps)):
             yield adapted(self.learner, at.parameters, support, self.batch_norm, step)
 
-    def after(self, at: Optimized, step: int, task: Task) -> tuple[Tensor, Tensor]:
-        """Loss and prediction of the queries after a step."""
-        state = adapted(self.learner, at.parameters, task.support, self.batch_norm, step)
+    def after(self, parameters: Parameters, step: int, task: Task) -> tuple[Tensor, Tensor]:
+        """Loss and prediction of the queries by parameters that so many steps reached."""
+        state = adapted(self.learner, parameters, task.support, self.batch_norm, step)
         prediction = self.predict(state, task.query_x)
         return self.loss(prediction, task.query_y), prediction
 
@@ -162,7 +162,7 @@ class LearnedOptimizer(GradientLearner):
             losses, steps = [], min(self.window, self.inner_steps - first)
             for step, at in enumerate(self.path(network, task.support, state, first, steps), first):
                 if step > first:
-                    losses.append(self.after(at, step, task)[0])
+                    losses.append(self.after(at.parameters, step, task)[0])
                 state = at
             return state, torch.stack(losses).sum() / self.inner_steps
 
@@ -179,7 +179,7 @@ class LearnedOptimizer(GradientLearner):
             loss = with_gradient(value, torch.stack([(p * gradient[n]).sum() for n, p in network.items()]).sum())
             state = tree_map(lambda t: t[0], states)
         with torch.no_grad():
-            return loss, self.after(state, self.inner_steps, task)[1]
+            return loss, self.after(state.parameters, self.inner_steps, task)[1]
 
 
 def normalized(values: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class MetaLSTM(GradientLearner):
         backbone: the base learner without its head; 32 filters in the paper.
         outputs: rows of the head: ways, or the dimension of y.
         hidden: size of the first cell.
-        inner_steps: T, each on the whole support set: 8 for 5 shots, 12 for one in the paper.
+        inner_steps: T, each on the whole support set; 8 in code for five shots.
         eval_inner_steps: in evaluation; None takes as many as in training.
         precision: p of the logarithms that loss and gradients are read by.
         norm_eps: added to batch norm's variances.

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from datamodules import Quadratics
 from datamodules.core.errors import ConfigError
-from models import Conv4, ProtoNet
+from models import MLP, Conv4, LearnedOptimizer, ProtoNet
 from models.core.shapes import fits_task
 from tests.support.gradients import episodes
 
@@ -32,3 +33,11 @@ def test_what_is_no_task_is_refused(batch, said):
     fits_task(learner, episodes(tasks=2))
     with pytest.raises(ConfigError, match=said):
         fits_task(learner, batch)
+
+
+def test_a_backbone_without_parameters_is_fitted_too():
+    """Catches a device looked for among parameters that are not there, and inputs of another size that go unseen."""
+    learner = LearnedOptimizer(MLP(4, []), 1, head_bias=False)
+    fits_task(learner, Quadratics(dimension=4).distribution("train").sample([0]))
+    with pytest.raises(ConfigError, match="inputs are 5"):
+        fits_task(learner, Quadratics(dimension=5).distribution("train").sample([0]))
