@@ -101,6 +101,9 @@ def test_the_e_step_equals_its_restatement_and_the_m_step_scikit_learns():
     made, q = themes(), latents()
     gamma, _ = restated_e_step(made, q, 5)
     np.testing.assert_allclose(made.infer(made.scores(q)), gamma, rtol=1e-9)
+    uneven = torch.tensor([1.0, -2.0, 4.0], dtype=DOUBLE).expand(7, K)  # of one step, from an even start
+    first = special.softmax(np.array([1.0, -2.0, 4.0]))
+    np.testing.assert_allclose(themes(steps=1).infer(uneven), 1.1 + 7 * first, rtol=1e-9)
     exact = latents(1e-12)
     log_r = made.log_responsibilities(made.scores(exact), torch.ones(K, dtype=DOUBLE) * 1e9)
     fitted = mixture(made, np.full(K, 1 / K))
