@@ -124,7 +124,7 @@ def make(args: argparse.Namespace, console: Console) -> list[Path]:
         found.append(folder)
         if (folder / RESULTS).is_file():
             continue
-        begin, checkpoint = time.perf_counter(), runs / name / CHECKPOINTS / "last.ckpt"
+        begin, checkpoint = time.process_time(), runs / name / CHECKPOINTS / "last.ckpt"
         steps = max(1, round(steps * args.scale))
         if not (runs / name / RESULTS).is_file():
             data = mixture({d: known[d] for d in trained_on}, test_tasks=2, val_tasks=2, eval_batch_size=2)
@@ -135,7 +135,10 @@ def make(args: argparse.Namespace, console: Console) -> list[Path]:
         more = ["--open_set_tasks", "0", "--pictures", "false", "--trainer.accelerator", "cpu"]
         more += ["--trainer.enable_progress_bar", "false"]
         evaluate.main(["--ckpt_path", str(checkpoint), "--data", str(everything), "--out", str(folder), *more])
-        console.print(f"{name}: {time.perf_counter() - begin:.0f} s, {number + 1} of {len(members)}", highlight=False)
+        console.print(
+            f"{name}: {time.process_time() - begin:.0f} s of the processor, {number + 1} of {len(members)}",
+            highlight=False,
+        )
     return found
 
 
