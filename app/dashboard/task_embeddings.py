@@ -59,7 +59,7 @@ def _values(view: View, space: TaskSpace) -> Tensor | None:
     if view.values is None:
         return None
     found = {int(i): float(v) for i, v in zip(view.table["index"], view.values, strict=True)}
-    of_tasks = [found.get(int(i)) for i in space.stored.index]
+    of_tasks = [found.get(int(i)) for i in space.index]
     return None if None in of_tasks else torch.tensor(of_tasks)
 
 
@@ -75,19 +75,20 @@ def _nearest(probe: Probe, space: TaskSpace, apart: Tensor, title: str) -> Any:
 
 def _picture(probe: Probe, space: TaskSpace, axes: Axes, task: int) -> None:
     """A task: images of its classes, or its function."""
-    stored = space.stored
+    stored, place = space.tasks[task]
     if probe.pictures:
-        firsts = {int(y): i for i, y in reversed(list(enumerate(stored.support_y[task].tolist())))}
-        axes.imshow(plots.mosaic(stored.support_x[task][[firsts[y] for y in sorted(firsts)]]), interpolation="nearest")
+        firsts = {int(y): i for i, y in reversed(list(enumerate(stored.support_y[place].tolist())))}
+        axes.imshow(plots.mosaic(stored.support_x[place][[firsts[y] for y in sorted(firsts)]]), interpolation="nearest")
         return
-    low, high = probe.tasks.x_range or (float(stored.query_x.min()), float(stored.query_x.max()))
+    x, y = (torch.cat([getattr(part, name).flatten() for part in space.stored]) for name in ("query_x", "query_y"))
+    low, high = probe.tasks.x_range or (float(x.min()), float(x.max()))
     grid = torch.linspace(low, high, 100)[:, None]
-    truth = probe.tasks.function({name: value[task : task + 1] for name, value in stored.task.items()}, grid)
+    truth = probe.tasks.function({name: value[place : place + 1] for name, value in stored.task.items()}, grid)
     if truth is not None:
         axes.plot(grid[:, 0], truth[0, :, 0], color=MAIN, lw=1.2)
-    margin = 0.05 * float(stored.query_y.max() - stored.query_y.min())  # one scale, by which amplitudes are compared
-    axes.set_ylim(float(stored.query_y.min()) - margin, float(stored.query_y.max()) + margin)
-    axes.scatter(stored.support_x[task, :, 0], stored.support_y[task, :, 0], s=8, color=ACCENT, lw=0, zorder=3)
+    margin = 0.05 * float(y.max() - y.min())  # one scale, by which amplitudes are compared
+    axes.set_ylim(float(y.min()) - margin, float(y.max()) + margin)
+    axes.scatter(stored.support_x[place, :, 0], stored.support_y[place, :, 0], s=8, color=ACCENT, lw=0, zorder=3)
 
 
 def _distance(view: View, space: TaskSpace) -> Any:

@@ -17,32 +17,42 @@ class TaskSpace:
     """Embeddings of tasks.
 
     Attributes:
-        stored: the tasks as they are stored, on the CPU.
+        stored: the tasks as they are stored, on the CPU, in parts of one shape each.
         embeddings: (T, d) float64.
         again: of other support sets of the same tasks, of as many examples, from their queries; None where those are
             too few.
     """
 
-    stored: Episodes
+    stored: tuple[Episodes, ...]
     embeddings: Tensor
     again: Tensor | None = None
 
     @classmethod
     def of(cls, probe: Probe, indices: Sequence[int], twice: bool = False) -> TaskSpace:
         """Of the tasks of these numbers; ``twice`` from two support sets each."""
-        size = probe.data.eval_batch_size
-        parts = [indices[i : i + size] for i in range(0, len(indices), size)]
+        size, groups = probe.data.eval_batch_size, probe.tasks.alike(indices)
+        parts = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
         found = [cls.of_batch(probe, part, twice) for part in parts]
         again = [space.again for space in found if space.again is not None]
-        stored, _ = probe.sample(indices)
         embeddings = torch.cat([space.embeddings for space in found])
+        stored = tuple(part for space in found for part in space.stored)
         return cls(stored, embeddings, torch.cat(again) if len(again) == len(found) else None)
 
     @classmethod
     def of_batch(cls, probe: Probe, indices: Sequence[int], twice: bool) -> TaskSpace:
         stored, ready = probe.sample(indices)
         other = other_supports(ready) if twice else None
-        return cls(stored, embed(probe, ready), None if other is None else embed(probe, other))
+        return cls((stored,), embed(probe, ready), None if other is None else embed(probe, other))
+
+    @property
+    def index(self) -> Tensor:
+        """The number of each task, (T,)."""
+        return torch.cat([part.index for part in self.stored])
+
+    @property
+    def tasks(self) -> list[tuple[Episodes, int]]:
+        """Of each task the part that has it, and its place there."""
+        return [(part, place) for part in self.stored for place in range(len(part))]
 
     @property
     def signal(self) -> float | None:
@@ -59,14 +69,14 @@ class TaskSpace:
     @property
     def groups(self) -> tuple[list[int], tuple[str, ...]] | None:
         """The group of each task, and the names of the groups."""
-        if self.stored.groups is None or self.stored.task_groups is None:
-            return None
-        return self.stored.groups.tolist(), self.stored.task_groups[1]
+        numbers, known = [part.groups for part in self.stored], self.stored[0].task_groups
+        return None if known is None else (torch.cat([n for n in numbers if n is not None]).tolist(), known[1])
 
     @property
     def fact(self) -> tuple[str, Tensor] | None:
         """The first number that the data know of a task, with its name, (T,)."""
-        numbers = ((n, v) for n, v in self.stored.task.items() if v.dim() == 1 and v.is_floating_point())
+        facts = {name: torch.cat([part.task[name] for part in self.stored]) for name in self.stored[0].task}
+        numbers = ((n, v) for n, v in facts.items() if v.dim() == 1 and v.is_floating_point())
         return next(((name, value) for name, value in numbers if value.unique().numel() > 1), None)
 
 

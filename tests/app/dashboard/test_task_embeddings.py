@@ -14,9 +14,9 @@ from app.dashboard.view import View
 from app.plots import task_embeddings as plots
 from app.runs.probe import Probe
 from app.runs.task_space import TaskSpace
-from datamodules import FourFamily, Sinusoid
+from datamodules import FourFamily, GaussianProcesses, Sinusoid
 from datamodules.core.episodes import Support
-from models import MLP, Conv4, MetaLearner, ProtoNet
+from models import CNP, MLP, Conv4, MetaLearner, ProtoNet
 from models.core.task_kinds import KINDS
 from tests.support.toy import ToyImages
 
@@ -48,7 +48,7 @@ def test_space_is_of_the_tasks_that_were_asked_for():
     data = ToyImages(ways=3, shots=2, queries=4, eval_batch_size=5)
     asked = [7, 3, 12, 4, 5, 9, 0]
     space = TaskSpace.of(probe(data), asked, twice=True)
-    assert space.stored.index.tolist() == asked
+    assert space.index.tolist() == asked
     batch = data.on_device(data.distribution("test").sample(asked))
     own = Means(Conv4(hidden=2, image_size=16))
     for i, task in enumerate(batch[k] for k in range(len(asked))):
@@ -66,7 +66,7 @@ def test_signal_is_the_ratio_of_variances():
     g = torch.Generator().manual_seed(0)
     means = 3**0.5 * torch.randn(20_000, 2, generator=g, dtype=torch.float64)
     first, again = (means + 2**0.5 * torch.randn(20_000, 2, generator=g, dtype=torch.float64) for _ in "ab")
-    stored = FourFamily().distribution("test").sample([0])
+    stored = (FourFamily().distribution("test").sample([0]),)
     assert TaskSpace(stored, first, again).signal == pytest.approx(1.5, rel=0.05)
     assert TaskSpace(stored, first, first[torch.randperm(20_000, generator=g)]).signal == pytest.approx(0, abs=0.05)
     assert TaskSpace(stored, first).signal is None
@@ -134,3 +134,23 @@ def test_kinds_of_task_show_them():
     """Catches panels that no kind of task shows; that they are drawn in a run is for the contract."""
     assert PANELS["task_embeddings"] is task_embeddings
     assert all("task_embeddings" in KINDS[kind].panels for kind in ("classification", "regression"))
+
+
+@torch.no_grad()
+def test_tasks_of_several_sizes_are_one_space():
+    """Catches a look at tasks of several sizes as one tensor, and embeddings that stand beside another task's facts."""
+    torch.manual_seed(0)
+    learner, data = CNP(hidden=6), GaussianProcesses()
+    of = probe(data, learner)
+    space = TaskSpace.of(of, range(30), twice=True)
+    assert sorted(space.index.tolist()) == list(range(30)) and len(space.stored) > 20
+    assert space.fact is not None and space.fact[0] == "lengthscale"
+    for i, index in enumerate(space.index.tolist()):
+        alone = data.distribution("test").sample([index])
+        torch.testing.assert_close(space.embeddings[i], learner.embed_task(alone[0].support).double())
+        assert float(space.fact[1][i]) == float(alone.task["lengthscale"][0])
+        part, place = space.tasks[i]
+        assert torch.equal(part.support_y[place], alone.support_y[0])
+    values = torch.arange(30.0)
+    made = dict(task_embeddings(view(of, index=torch.arange(30), mse=values)))
+    assert {name for name in made if made[name]() is not None} >= {"task_embeddings", "nearest_tasks"}
