@@ -30,7 +30,7 @@ from app.cli.failures import one_line_errors
 from app.dashboard.reinforcement import optimum_of
 from app.plots import reinforcement as figures_rl
 from app.plots import results, style
-from app.runs.directory import CONFIG, EVALUATIONS, out_folder, slug
+from app.runs.directory import COMPARISONS, CONFIG, EVALUATIONS, RECOMMENDATIONS, out_folder, slug
 from app.runs.evaluation_record import SETTINGS, Evaluation, refuse_other_tasks
 from datamodules.core.base import shape_text
 from datamodules.core.errors import ConfigError
@@ -56,7 +56,7 @@ def difference(metric: Metric, first: Tensor, second: Tensor) -> tuple[float, fl
 
 def labels(folders: Sequence[Path]) -> list[str]:
     """A short name for each folder: its run's, with what tells its evaluation from the others where that is needed."""
-    places = [_run_of(folder) for folder in folders]
+    places = [run_of(folder) for folder in folders]
     numbers = any(place.name.isdigit() for place in places)  # "1" says little, and reads as a number
     runs = [str(Path(place.parent.name, place.name)) if numbers else place.name for place in places]
     words = [folder.name.split("-") if folder.absolute().parent.name == EVALUATIONS else [] for folder in folders]
@@ -66,12 +66,12 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return next((names for names in (runs, own) if len(set(names)) == len(names)), [str(f) for f in folders])
 
 
-def _run_of(folder: Path) -> Path:
+def run_of(folder: Path) -> Path:
+    """The run's folder of a test: itself, or the one that an evaluation was left in."""
     folder = folder.absolute()
     return folder.parent.parent if folder.parent.name == EVALUATIONS else folder
 
 
-COMPARISONS = "comparisons"  # folder beside the runs
 OF_A_SEED = ("seed_everything", "name", "runs", "wandb", "project", "pictures", "debug")
 
 
@@ -80,7 +80,7 @@ def over_seeds(evaluations: Sequence[Evaluation]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     seeds = []
     for place, one in enumerate(evaluations):
-        run = _run_of(one.folder)
+        run = run_of(one.folder)
         try:
             # One that was resumed with other settings has several.
             files = [run / CONFIG, *sorted(run.glob("config.resume-*.yaml"))]
@@ -218,10 +218,31 @@ def returns(evaluations: Sequence[Evaluation]) -> tuple[list[tuple[str, Tensor]]
     return ([(name, table["returns"]) for name, table in held], known[0] if known else None) if held else None
 
 
+def beside(folders: Sequence[Path]) -> Path:
+    """The folder that runs are in, or the one run that all are of."""
+    return Path(os.path.commonpath([run_of(folder) for folder in folders]))
+
+
 def comparison_dir(folders: Sequence[Path]) -> Path:
-    """Where a comparison is left: beside the runs, or in the one that all are of."""
-    base = Path(os.path.commonpath([_run_of(folder) for folder in folders]))
-    return base / COMPARISONS / slug(labels(folders))
+    """Where a comparison is left."""
+    return beside(folders) / COMPARISONS / slug(labels(folders))
+
+
+def tested(folders: Sequence[Path], what: str) -> list[Path]:
+    """The folders of tests among those that were given, as ``runs/*`` gives them.
+
+    Args:
+        folders: or files in them; what is said of several runs is left out.
+        what: needs two or more.
+
+    Raises:
+        ConfigError: less than two, or one of them twice.
+    """
+    found = [folder.parent if folder.is_file() else folder for folder in folders]
+    found = [folder for folder in found if folder.name not in (COMPARISONS, RECOMMENDATIONS)]
+    if len({folder.resolve() for folder in found}) < max(2, len(found)):
+        raise ConfigError(f"{what} needs two or more folders, each of them once")
+    return found
 
 
 def write_comparison(evaluations: Sequence[Evaluation], out: Path, command: str) -> None:
@@ -260,10 +281,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error, too.")
     options = parser.parse_args(args)
     with one_line_errors(options.debug):
-        folders = [folder.parent if folder.is_file() else folder for folder in options.folders]
-        folders = [folder for folder in folders if folder.name != COMPARISONS]  # as runs/seeds/* has it, too
-        if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-            raise ConfigError("a comparison needs two or more folders, each of them once")
+        folders = tested(options.folders, "a comparison")
         evaluations = [Evaluation.load(folder) for folder in folders]
         write_comparison(
             evaluations, options.out or comparison_dir(folders), shlex.join(["python", "-m", "app.compare", *args])

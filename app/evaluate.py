@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from app.cli.builder import quiet_lightning
 from app.cli.failures import one_line_errors
 from app.cli.from_checkpoint import SHORT, FromCheckpoint, Options, Trained, open_checkpoint, restore
-from app.compare import comparison_dir, write_comparison
+from app.compare import comparison_dir, difference, labels, write_comparison
 from app.dashboard.callback import Dashboard
 from app.runs.directory import CONFIG, EVALUATIONS, RESULTS, TASKS_CSV, TASKS_NPZ, slug
 from app.runs.evaluation_record import Evaluation, refuse_other_settings, settings
@@ -33,6 +33,7 @@ from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS
 from models.core.metrics import as_results
 from models.core.shapes import fits
+from models.core.task_kinds import KINDS
 
 
 class EvaluationCLI(FromCheckpoint):
@@ -41,15 +42,21 @@ class EvaluationCLI(FromCheckpoint):
     Args:
         trained, options, keys: see FromCheckpoint.
         words: what is evaluated, for the folder's name.
+        control: what stands in for the tasks' own embeddings; None: nothing.
     """
 
     prog = "python -m app.evaluate"
     description = "Evaluate a checkpoint; any key of its configuration can be given anew."
 
     def __init__(
-        self, trained: Trained, options: argparse.Namespace, keys: Sequence[str], words: Sequence[str]
+        self,
+        trained: Trained,
+        options: argparse.Namespace,
+        keys: Sequence[str],
+        words: Sequence[str],
+        control: str | None = None,
     ) -> None:
-        self.words = words
+        self.words, self.control = [*words, *([control] if control else [])], control
         super().__init__(trained, options, keys)
 
     def choose_folder(self, stage: str) -> tuple[Path, Path | None]:
@@ -117,6 +124,7 @@ def write_evaluation(cli: EvaluationCLI, command: str) -> None:
     data = cli.datamodule
     assert data is not None
     facts = {
+        **({"control": cli.control} if cli.control else {}),
         "seed": data.seed if cli.options.seed is None else cli.options.seed,
         "checkpoint": str(cli.trained.path),
         "checkpoint_sha256": cli.trained.identity,
@@ -139,6 +147,8 @@ def evaluate(cli: EvaluationCLI, command: str) -> None:
         ConfigError, DataError: what the user can mend.
     """
     restore(cli.model, cli.trained)
+    if cli.control:
+        cli.model.control(cli.control)
     _begin(cli.run_dir, cli.yaml())  # first: a folder that cannot be written is told before the work
     cli.set_threads()
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
@@ -176,18 +186,50 @@ def compare(options: argparse.Namespace, keys: Sequence[str], words: Sequence[st
     if options.out is not None and (options.out / CHECKPOINTS).is_dir():
         raise ConfigError(f"{options.out} is the folder of a run, whose results would be lost: give another --out")
     alone = argparse.Namespace(**vars(options) | {"out": None})
-    clis = [EvaluationCLI(open_checkpoint(Path(path)), alone, keys, words) for path in options.ckpt_path]
+    clis = []
+    for path in options.ckpt_path:
+        clis.append(EvaluationCLI(open_checkpoint(Path(path)), alone, keys, words))
+        controls = clis[-1].model.controls if options.controls else ()
+        clis += [EvaluationCLI(open_checkpoint(Path(path)), alone, keys, words, control) for control in controls]
+    if options.controls and len(clis) == len(options.ckpt_path):
+        raise ConfigError(
+            f"{type(clis[0].model).__name__} does not depend on a task embedding that could be exchanged: leave out "
+            "--controls"
+        )
     folders = [cli.run_dir for cli in clis]
     if twice := next((folder for i, folder in enumerate(folders) if folder in folders[:i]), None):
         raise ConfigError(f"two checkpoints would be evaluated in {twice}: give each once")
-    refuse_other_settings([_settings(cli) for cli in clis], options.ckpt_path)
+    refuse_other_settings([_settings(cli) for cli in clis], [str(cli.trained.path) for cli in clis])
     for cli in clis:
         if finished(cli):
             rank_zero_info(f"{cli.trained.path} is evaluated already, in {cli.run_dir}: remove that to do it again")
         else:
             evaluate(cli, command)
     out = comparison_dir(folders) if options.out is None else options.out
-    write_comparison([Evaluation.load(folder) for folder in folders], out, command)
+    evaluations = [Evaluation.load(folder) for folder in folders]
+    write_comparison(evaluations, out, command)
+    if options.controls:
+        for line in verdicts(clis, evaluations):
+            rank_zero_info(line)
+
+
+def verdicts(clis: Sequence[EvaluationCLI], evaluations: Sequence[Evaluation]) -> list[str]:
+    """What each learner loses with its controls, in a line each: an embedding that loses nothing is decorative."""
+    lines = []
+    names = labels([one.folder for one in evaluations])
+    for place, cli in enumerate(clis):
+        if cli.control is None:
+            continue
+        own = max(i for i in range(place) if clis[i].control is None)
+        assert cli.datamodule is not None
+        name = KINDS[cli.datamodule.kind].headline
+        declared = evaluations[own].declared[name]
+        mean, half = difference(declared, *(evaluations[i].metrics[name] for i in (own, place)))
+        loss = mean if declared.better == "higher" else -mean
+        what = "matters" if loss > half else "is decorative: it loses nothing"
+        text = declared.text(mean, half, signed=True)
+        lines.append(f"{names[own]}: own - {cli.control} {text} of {name}; the task embedding {what}")
+    return lines
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -202,12 +244,17 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, help="Queries per class.")
     parser.add_argument("--episodes", type=int, help="Episodes of a trial in an environment.")
     parser.add_argument("--tasks", type=int, help="Number of meta-test tasks.")
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="Evaluate a learner with task embeddings also with other tasks' and with a constant one, and compare.",
+    )
     parser.add_argument("--seed", type=int, help="Seed of the tasks; which classes are tested on stays the same.")
     options, keys = parser.split(args)
     words = [w for o in ("seed", "data", *SHORT) if (v := getattr(options, o)) is not None for w in (o, str(v))] + keys
     command = shlex.join([*EvaluationCLI.prog.split(), *args])
     with one_line_errors(options.debug):
-        if len(options.ckpt_path) > 1:
+        if len(options.ckpt_path) > 1 or options.controls:
             compare(options, keys, words, command)
         else:
             evaluate(EvaluationCLI(open_checkpoint(Path(options.ckpt_path[0])), options, keys, words), command)

@@ -47,9 +47,10 @@ class Entry:
     Attributes:
         config: below ``configs/``, without its suffix.
         flags: of train.py, over the configuration.
-        published: what the paper has for the headline metric, as it is written there.
+        published: what the paper has, as it is written there.
         note: what makes the result another than the published one's.
         label: what the learner is called with these settings; None for its class.
+        metric: that ``published`` is of, which the result and the curve show; None for the headline metric.
     """
 
     config: str
@@ -57,6 +58,7 @@ class Entry:
     published: str | None = None
     note: str = ""
     label: str | None = None
+    metric: str | None = None
 
     @property
     def file(self) -> Path:
@@ -138,6 +140,7 @@ class Queue:
             return False
         if content["meta_steps"] < entry.steps and self.reached(entry) < entry.steps:
             return False
+        shown = entry.metric or next(iter(content["metrics"]))
         row = {
             "name": entry.name,
             "configuration": f"configs/{entry.config}.yaml",
@@ -149,9 +152,10 @@ class Queue:
             "meta_updates": entry.steps,
             "selected_at": content["meta_steps"],
             **{k: content.get(k) for k in ("algorithm", "data", "ways", "shots", "queries", "episodes")},
-            **{k: content.get(k) for k in ("tasks", "metrics", "seed", "transductive", "batch_norm")},
+            **{k: content.get(k) for k in ("tasks", "seed", "transductive", "batch_norm")},
+            "metrics": {shown: content["metrics"][shown], **content["metrics"]},
             **{k: content.get(k) for k in ("training", "device", "processor", "versions", "finished")},
-            "curve": curve(self.run_dir(entry) / "metrics.csv", next(iter(content["metrics"]))),
+            "curve": curve(self.run_dir(entry) / "metrics.csv", shown),
         }
         write_atomically(self.row(entry), json.dumps(row, indent=2) + "\n")
         return True

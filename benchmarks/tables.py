@@ -105,19 +105,21 @@ def of_runs(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def metrics_of_kinds() -> Mapping[str, Metric]:
-    return {name: metric for kind in KINDS.values() for name, metric in kind.metrics.items()}
+def declared_metrics() -> Mapping[str, Metric]:
+    """Of all kinds of task, and of all learners."""
+    of_kinds = {name: metric for kind in KINDS.values() for name, metric in kind.metrics.items()}
+    return {name: metric for learner in LEARNERS for name, metric in learner.declared_metrics().items()} | of_kinds
 
 
 def row(result: dict[str, Any]) -> list[str]:
     """The cells of a training's result."""
     headline, numbers = next(iter(result["metrics"].items()))
-    metric = metrics_of_kinds()[headline]
+    metric = declared_metrics()[headline]
     shape = shape_text({k: v for k, v in result.items() if k in ("ways", "shots", "episodes") and v})
     name = f", as {result['name']}" if result["flags"] else ""
     return [
         result.get("label") or result["algorithm"],
-        f"{result['data']}, {shape}",
+        ", ".join(filter(None, (result["data"], shape))),
         (result["published"] or "–") + (f" ({result['note']})" if result["note"] else ""),
         metric.label or headline,
         f"**{metric.text(numbers['mean'], numbers['ci95'] or float('nan'))}**",
@@ -156,7 +158,7 @@ def curve_of(results: list[dict[str, Any]], learners: list[type[MetaLearner]]) -
 @styled
 def curve_figure(result: dict[str, Any]) -> Any:
     """The headline metric of meta-validation, with its interval, over meta-updates."""
-    metric = metrics_of_kinds()[result["curve"]["metric"]]
+    metric = declared_metrics()[result["curve"]["metric"]]
     steps, means, halves = (list(values) for values in zip(*result["curve"]["points"], strict=True))
     figure, axes = single(5.6, 2.6)
     axes.plot(steps, means, color=MAIN, marker=".")

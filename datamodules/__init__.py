@@ -9,7 +9,8 @@ from datamodules.images.learn2learn_tasksets import Learn2LearnTasksets
 from datamodules.images.multi_domain import Domain, ImageMixture
 from datamodules.images.omniglot import Omniglot
 from datamodules.images.tasks import ImageDataModule
-from datamodules.regression.functions import FourFamily, HarderSinusoid, Linear, Sinusoid
+from datamodules.regression.functions import FiveFamily, FourFamily, HarderSinusoid, Linear, Sinusoid
+from datamodules.regression.gaussian_processes import GaussianProcesses
 from datamodules.regression.quadratics import Quadratics
 from datamodules.reinforcement.bandits import Bandits
 from datamodules.reinforcement.environments import EnvironmentDataModule
@@ -28,6 +29,8 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HarderSinusoid,
     Linear,
     FourFamily,
+    GaussianProcesses,
+    FiveFamily,
     Quadratics,
     Bandits,
     TabularMDPs,
@@ -45,7 +48,9 @@ __all__ = [
     "EnvironmentDataModule",
     "Episodes",
     "EpisodicDataModule",
+    "FiveFamily",
     "FourFamily",
+    "GaussianProcesses",
     "Glyphs",
     "GymnasiumTasks",
     "HalfCheetahDirection",

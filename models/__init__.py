@@ -2,19 +2,33 @@
 
 import datamodules.core  # noqa: F401  (prepares torchvision and memory before torchmetrics is imported)
 from models.baselines.baseline import Baseline
+from models.baselines.gaussian_process import GaussianProcess
 from models.baselines.nearest_neighbour import NearestNeighbour
 from models.bayesian.abml import ABML
 from models.bayesian.bmaml import BMAML
 from models.bayesian.weight_generator import WeightGenerator
 from models.conditioning.alfa import ALFA
+from models.conditioning.caml import CAML
+from models.conditioning.cnaps import CNAPs
+from models.conditioning.conditioned import Conditioned
+from models.conditioning.initialization import Attenuation, EmbeddingRows, Experts, LowRank
+from models.conditioning.modulation import Modulation
+from models.conditioning.optimization import Rates, UpdateRule
+from models.conditioning.simple_cnaps import SimpleCNAPs
+from models.conditioning.tadam import TADAM
 from models.core.learner import MetaLearner
-from models.core.pretrained import Pretrained
+from models.core.pretrained import Pretrained, TrainedEmbedding
+from models.generative.attentive_neural_process import ANP
+from models.generative.conditional_neural_process import CNP
 from models.generative.metagan import MetaGAN, MetaGANRelation
+from models.generative.neural_process import NP
+from models.generative.transformer_neural_process import TNP
 from models.memory.snail import SNAIL
 from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
 from models.metric.relation_net import RelationNet
 from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, ResNet
+from models.networks.convolutional import ConvEncoder
 from models.networks.wrappers import Averaged, UnitLength
 from models.optimization.anil import ANIL
 from models.optimization.imaml import IMAML
@@ -30,7 +44,22 @@ from models.reinforcement.maml_policy import MAMLPolicy
 from models.reinforcement.mdp_strategies import MDPStrategy
 from models.reinforcement.pearl import PEARL
 from models.reinforcement.rl2 import RL2
+from models.reinforcement.varibad import VariBAD
+from models.task_embedding.bigan import BiGAN
+from models.task_embedding.cavia import CAVIA
+from models.task_embedding.encoders import (
+    ConstantEmbedding,
+    GradientMeans,
+    PrototypeMean,
+    RecurrentEncoder,
+    SetEncoder,
+    TaskLabel,
+)
+from models.task_embedding.gradient_pca import GradientPCA
 from models.task_embedding.hsml import HSML
+from models.task_embedding.neural_statistician import NeuralStatistician
+from models.task_embedding.probabilistic_task_model import ProbabilisticTaskModel
+from models.task_embedding.task2vec import Task2Vec
 
 ALGORITHMS: tuple[type[MetaLearner], ...] = (
     MAML,
@@ -44,6 +73,9 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     BMAML,
     ABML,
     HSML,
+    CAVIA,
+    Task2Vec,
+    GradientPCA,
     ProtoNet,
     MatchingNet,
     RelationNet,
@@ -54,12 +86,25 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NearestNeighbour,
     LEO,
     WeightGenerator,
+    TADAM,
+    CNAPs,
+    SimpleCNAPs,
+    CAML,
+    CNP,
+    NP,
+    ANP,
+    TNP,
     RL2,
     MAMLPolicy,
     PEARL,
+    Conditioned,
+    VariBAD,
+    NeuralStatistician,
+    ProbabilisticTaskModel,
+    BiGAN,
 )
 # Learners without parameters, which are evaluated and not trained.
-STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy)
+STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
 
 load = MetaLearner.load_from_checkpoint
 """A trained learner, of whatever algorithm, from its checkpoint alone."""
@@ -69,23 +114,42 @@ __all__ = [
     "ALFA",
     "ALGORITHMS",
     "ANIL",
+    "ANP",
     "BMAML",
+    "CAML",
+    "CAVIA",
+    "CNP",
     "HSML",
     "IMAML",
     "LEO",
     "MAML",
     "MLP",
+    "NP",
     "PEARL",
     "RL2",
     "SNAIL",
     "STRATEGIES",
+    "TADAM",
+    "TNP",
+    "Attenuation",
     "Averaged",
     "BanditStrategy",
     "Baseline",
+    "BiGAN",
+    "CNAPs",
+    "Conditioned",
+    "ConstantEmbedding",
     "Conv2",
     "Conv4",
+    "ConvEncoder",
+    "EmbeddingRows",
+    "Experts",
+    "GaussianProcess",
+    "GradientMeans",
+    "GradientPCA",
     "Learn2Learn",
     "LearnedOptimizer",
+    "LowRank",
     "MAMLPolicy",
     "MDPStrategy",
     "MatchingNet",
@@ -94,15 +158,28 @@ __all__ = [
     "MetaLSTM",
     "MetaLearner",
     "MetaSGD",
+    "Modulation",
     "NearestNeighbour",
     "Network",
+    "NeuralStatistician",
     "Pretrained",
+    "ProbabilisticTaskModel",
     "ProtoNet",
+    "PrototypeMean",
+    "Rates",
+    "RecurrentEncoder",
     "ReinforcementLearner",
     "RelationNet",
     "Reptile",
     "ResNet",
+    "SetEncoder",
+    "SimpleCNAPs",
+    "Task2Vec",
+    "TaskLabel",
+    "TrainedEmbedding",
     "UnitLength",
+    "UpdateRule",
+    "VariBAD",
     "WeightGenerator",
     "load",
 ]

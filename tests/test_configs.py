@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from app.cli.base_configs import whole
 from app.cli.builder import main
 from datamodules import Omniglot
 from datamodules.core.errors import ConfigError
@@ -81,7 +82,7 @@ def classes(path: Path, *flags: str) -> list[str]:
 def test_configuration_runs(path, data, tmp_path):
     """Catches settings that build but do not run: a few meta-updates at full size, validated, tested and reported.
     Meta-updates of RL² as published are of few trials: of the paper's 250,000 steps each would take minutes."""
-    root = data.get(yaml.safe_load(path.read_text())["data"]["class_path"])
+    root = data.get(whole(path)["data"]["class_path"])
     flags = ["--data.init_args.root", str(root)] if root else []
     short = ["--config", str(CONFIGS / "overlays" / "debug.yaml"), "--runs", str(tmp_path), "--name", "x"]
     if "aligned" not in path.read_text() and build("--config", str(path)).datamodule.kind != "reinforcement":

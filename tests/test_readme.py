@@ -106,6 +106,14 @@ def test_train_resume_evaluate_and_predict(place):
     assert "Paired differences" in run(place, starting_with("python -m app.compare")[0])
     predict = starting_with("python -m app.predict")[0]
     assert "class2" in run(place, predict)
+    # The tests above were of too few tasks to learn from.
+    both = [f"runs/{name}" for name in ("quickstart", "my-protonet")]
+    checkpoints = " ".join(f"{of}/checkpoints/best.ckpt" for of in both)
+    run(place, f"python -m app.evaluate --ckpt_path {checkpoints} --tasks 40")
+    folders = [f"{of}/evaluations/best-tasks-40" for of in both]
+    for command in starting_with("python -m app.recommend"):
+        runs = " ".join(shlex.split(command)[4:6])
+        assert "interval" in run(place, command.replace(runs, " ".join(folders)))
 
 
 @pytest.mark.slow

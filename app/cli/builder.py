@@ -33,7 +33,7 @@ from app.dashboard.wandb import WandbRun, wandb_logger
 from app.runs.checkpoints import BestCheckpoint, LastCheckpoint, saved_at
 from app.runs.claim import count, release, shared_with_children
 from app.runs.directory import RESULTS, choose_run, config_file
-from app.runs.leaks import KEY, as_tensor, of_backbones, refuse_leaks, trained_classes
+from app.runs.leaks import KEY, as_tensor, of_parts, refuse_leaks, trained_classes
 from app.runs.metrics_csv import MetricsCSV
 from app.runs.progress import TaskProgress
 from app.runs.recorder import Recorder
@@ -396,7 +396,7 @@ class RunFiles(pl.Callback):
     def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         data, allowed = trainer.datamodule, self.cli.setting("allow_overlap")
         fits_task(pl_module, data.on_device(data.distribution("train").sample([0])))
-        self.trained |= of_backbones(pl_module)
+        self.trained |= of_parts(pl_module)
         for split in () if allowed else ("val", "test"):
             refuse_leaks(self.trained, data, split, "the backbone, or an earlier part of the run,")
         own = data.distribution("train").class_digests()

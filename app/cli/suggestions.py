@@ -7,6 +7,7 @@ import difflib
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -53,8 +54,16 @@ class Parser(LightningArgumentParser):
     """Says what is wrong in one line, and which valid name is nearest."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if _tries():
+            super().error(message, ex)
         sys.stderr.write(f"error: {explain(self, message)}\n")
         sys.exit(2)
+
+
+def _tries() -> bool:
+    """Whether the parser only tries whether settings of one class would do for another: an error then means no."""
+    frames = (frame for frame, _ in traceback.walk_stack(None))
+    return any(frame.f_code.co_name == "discard_init_args_on_class_path_change" for frame in frames)
 
 
 def valid_names(parser: LightningArgumentParser) -> list[str]:

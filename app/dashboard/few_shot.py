@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from app.dashboard.view import Figures, View
 from app.plots import adaptation, calibration, embeddings
@@ -114,16 +115,19 @@ def _embedding(view: View) -> Any:
 
 def fitted(probe: Probe, tasks: int) -> Any:
     """Arguments of ``adaptation.fits``, or of ``adaptation.predictive_fits`` where predictions are distributions."""
-    stored, ready = probe.sample(range(tasks))
-    low, high = probe.tasks.x_range or (float(stored.query_x.min()), float(stored.query_x.max()))
+    groups = [probe.sample(indices) for indices in probe.tasks.alike(range(tasks))]
+    x = torch.cat([stored.query_x.flatten() for stored, _ in groups])
+    low, high = probe.tasks.x_range or (float(x.min()), float(x.max()))
     grid = torch.linspace(low, high, 200)[:, None]
-    truth = probe.tasks.function(stored.task, grid)
-    truth = None if truth is None else truth[..., 0]
-    predictions, bands = probe.along(ready, grid.to(probe.learner.device)), ()
+    truths = [probe.tasks.function(stored.task, grid) for stored, _ in groups]
+    truth = None if truths[0] is None else torch.cat(truths)[..., 0]
+    of_groups = [probe.along(ready, grid.to(probe.learner.device)) for _, ready in groups]
+    predictions, bands = tree_map(lambda *parts: torch.cat(parts), *of_groups), ()
     if isinstance(predictions, Mixture):
         bands = (torch.stack([end[..., 0] for end in predictions.central(INTERVAL)], -2),)
         predictions = predictions.mean.mean(-3)
-    return grid[:, 0], truth, stored.support_x[..., 0], stored.support_y[..., 0], predictions[..., 0], *bands
+    support = ([one[:, 0] for stored, _ in groups for one in getattr(stored, n)] for n in ("support_x", "support_y"))
+    return grid[:, 0], truth, *support, predictions[..., 0], *bands
 
 
 def _first(fits: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from app.dashboard import confusion, few_shot, open_set, reinforcement
+from app.dashboard import confusion, few_shot, open_set, reinforcement, task_embeddings
 from app.dashboard.view import Figures, View
 from app.plots import adaptation, results
 from app.plots import confusion as confusion_plots
@@ -46,6 +46,7 @@ PANELS: Mapping[str, Callable[[View], Figures]] = {
     "reliability": few_shot.reliability,
     "coverage": few_shot.coverage,
     "clusters": clusters,
+    "task_embeddings": task_embeddings.task_embeddings,
     "trials": reinforcement.trials,
     "adaptation": few_shot.adaptation_curve,
     "training": training,

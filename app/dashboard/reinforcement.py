@@ -26,7 +26,8 @@ class TrialFigures:
     """The figures of a split's trials.
 
     Args:
-        view: its table has ``returns`` (T, E) of each task and, where the best policy is known, ``of_optimum`` (T, 2).
+        view: its table has ``returns`` (T, E) of each task, where the best policy is known ``of_optimum`` (T, 2), of a
+            learner with beliefs their deviations, ``beliefs`` (T, steps, L), and ``reward_errors`` (T, steps).
     """
 
     def __init__(self, view: View) -> None:
@@ -45,6 +46,8 @@ class TrialFigures:
             yield from self._pulls()
         if self.environment.looks == "plane":
             yield from self._trajectories()
+        if "beliefs" in self.table:
+            yield from self._beliefs()
         if self.learner.has_latents and self.environment.facts <= 2:
             yield from self._latents()
 
@@ -88,6 +91,12 @@ class TrialFigures:
             yield "trajectories", partial(plots.trajectories, *parts, f"Trajectories, {self.at}")
             title = f"Task {int(batch.index[0])}, first episode light, last one dark"
             self.panels.append((title, lambda axes: plots.draw_trajectories(axes, positions[0], goals[0], radius)))
+
+    def _beliefs(self) -> Figures:
+        deviations, errors = self.table["beliefs"], self.table.get("reward_errors")
+        episodes = self.table["returns"].shape[1]
+        yield "beliefs", partial(plots.beliefs, deviations, errors, episodes, f"Beliefs about the task, {self.at}")
+        self.panels.append(("Beliefs", lambda axes: plots.draw_beliefs(axes, deviations, episodes)))
 
     def _latents(self) -> Figures:
         looked = self.guarded("latents", lambda: latents_of(self.probe, min(ENCODED, self.available)))

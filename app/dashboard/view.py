@@ -30,6 +30,7 @@ class View:
         guard: what fails costs its figure alone.
         open_set: measured after the test; None without.
         curve_tasks, confusion_tasks: behind the curve of adaptation, and the figures of confusions.
+        embedding_tasks: behind the figures of task embeddings.
         panels: what belongs into one figure of several panels; whole once all figures were gone through.
     """
 
@@ -42,6 +43,7 @@ class View:
     open_set: OpenSet | None = None
     curve_tasks: int = 64
     confusion_tasks: int = 600
+    embedding_tasks: int = 200
     panels: list[Panel] = field(default_factory=list)
 
     @property

@@ -1,4 +1,4 @@
-"""Pictures of reinforcement learning: returns, regret, trajectories, arms pulled, latents of tasks."""
+"""Pictures of reinforcement learning: returns, regret, trajectories, arms pulled, beliefs and latents of tasks."""
 
 from __future__ import annotations
 
@@ -389,6 +389,72 @@ def pulls(probabilities: Any, pulls: Any, numbers: Sequence[int], title: str) ->
     bar.set_label("share of the pulls")
     bar.outline.set_visible(False)
     figure.suptitle(f"{title}: arms from the best one down, with their probabilities", x=0.01, ha="left", fontsize=10.5)
+    return figure
+
+
+# Beliefs ------------------------------------------------------------------------------------------------------------
+
+
+def draw_beliefs(axes: Axes, deviations: Any, episodes: int) -> None:
+    """How wide the belief about a task is before each step of the trial, with its 95 % interval over tasks.
+
+    Args:
+        axes: to draw on.
+        deviations: of the belief in each latent, (T, steps, L).
+        episodes: of the trial.
+    """
+    deviations = np.asarray(deviations, np.float64)
+    x = np.arange(deviations.shape[1])
+    for k, of_latent in enumerate(deviations.mean(0).T):
+        axes.plot(x, of_latent, color=MUTED, lw=0.8, alpha=0.7, label="each latent" if k == 0 else None)
+    mean = _band(axes, x, deviations.mean(2), f"mean over latents and {len(deviations):,} tasks, 95 % interval")
+    axes.annotate(f"{mean[-1]:.3g}", (x[-1], mean[-1]), xytext=(4, 0), textcoords="offset points", fontsize=8.5)
+    _part(axes, len(x), episodes)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("deviation of the belief")
+    axes.legend(loc="best")
+
+
+def draw_reward_errors(axes: Axes, errors: Any, episodes: int) -> None:
+    """How well the belief before each step foresees its reward, with its 95 % interval over tasks.
+
+    Args:
+        axes: to draw on.
+        errors: squared, (T, steps); not a number where the episode had ended.
+        episodes: see ``draw_beliefs``.
+    """
+    errors = np.asarray(errors, np.float64)
+    told = [column[~np.isnan(column)] for column in errors.T]
+    intervals = [mean_and_half(column) if len(column) else (np.nan, np.nan) for column in told]
+    mean, half = np.array(intervals, np.float64).reshape(-1, 2).T
+    x, half = np.arange(len(mean)), np.nan_to_num(half)
+    axes.fill_between(x, np.maximum(mean - half, 0), mean + half, color=MAIN, alpha=0.18, lw=0)
+    axes.plot(x, mean, color=MAIN)
+    _part(axes, len(x), episodes)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("squared error of the next reward")
+
+
+def _part(axes: Axes, steps: int, episodes: int) -> None:
+    """Mark where episodes after the first one begin, unless each is one step."""
+    starts = [k * steps / episodes for k in range(1, episodes)] if episodes < steps else []
+    for start in starts:
+        axes.axvline(start, color=INK, lw=0.8, ls=(0, (1, 2)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlim(0, max(steps - 1, 1) * 1.06)
+    axes.set_xlabel("transitions seen" + (" (dotted: a new episode)" if starts else ""))
+
+
+@styled
+def beliefs(deviations: Any, errors: Any | None, episodes: int, title: str = "Beliefs") -> Figure:
+    """The belief along the trial, and what it foresees; arguments as ``draw_beliefs`` and ``draw_reward_errors``."""
+    panels = 1 if errors is None else 2
+    figure = Figure(figsize=(1.2 + 4.6 * panels, 3.7), layout="constrained")
+    axes, *beside = figure.subplots(1, panels, squeeze=False)[0]
+    draw_beliefs(axes, deviations, episodes)
+    if errors is not None:
+        draw_reward_errors(beside[0], errors, episodes)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
     return figure
 
 

@@ -123,6 +123,23 @@ def comparison(
     return figure
 
 
+@styled
+def ranking(rows: Sequence[tuple[str, float, float]], label: str, title: str) -> Figure:
+    """Shares with their 95 % intervals, the first at the top.
+
+    Args:
+        rows: name, share and half-width of its interval.
+        label: of the axis.
+        title: of the figure.
+    """
+    figure, axes = single(6.4, 0.9 + 0.26 * len(rows))
+    numbers: list[Any] = [{"mean": mean, "ci95": half} for _, mean, half in rows]
+    _dots(axes, numbers, [shorten(name, 34) for name, *_ in rows], True, (MAIN,))
+    axes.set_xlabel(label)
+    axes.set_title(title)
+    return figure
+
+
 def _dots(
     axes: Axes,
     told: Sequence[dict[str, float | None] | None],

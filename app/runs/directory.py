@@ -14,6 +14,7 @@ from datamodules.core.errors import ConfigError
 from models.core.checkpoint_io import CHECKPOINTS, refuse_missing
 
 EVALUATIONS = "evaluations"  # folder of a run
+COMPARISONS, RECOMMENDATIONS = "comparisons", "recommendations"  # folders beside runs, of what is said of several
 CONFIG, RESULTS = "config.yaml", "results.json"
 TASKS_CSV, TASKS_NPZ = "test_tasks.csv", "test_tasks.npz"  # the metrics of every meta-test task, to read and to compare
 

@@ -23,7 +23,7 @@ from datamodules.core.episodes import Episodes, TaskDistribution
 from datamodules.core.errors import ConfigError
 from datamodules.core.files import write_atomically
 from datamodules.core.metric import Metric
-from models.core.metrics import FINGERPRINT, TaskMetrics
+from models.core.metrics import EMBEDDING, FINGERPRINT, TaskMetrics
 
 # What of the data makes its tasks, and which option of an evaluation changes it.
 SETTINGS = {name: f"--{name}" for name in ("data", "ways", "shots", "queries", "episodes", "seed", "tasks")}
@@ -120,6 +120,7 @@ class Evaluation:
         metrics: of each task, name to (T, …); those of the first tasks alone are shorter.
         declared: what each of them is.
         facts: of each task, name to (T, …); its number is ``index``.
+        embedding: of each task, (T, d); None where the learner has none.
     """
 
     folder: Path
@@ -127,6 +128,7 @@ class Evaluation:
     metrics: dict[str, Tensor]
     declared: dict[str, Metric]
     facts: dict[str, Tensor]
+    embedding: Tensor | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Evaluation:
@@ -149,7 +151,8 @@ class Evaluation:
                 arrays = {name: torch.from_numpy(content[name]) for name in content.files if name != "about"}
             declared = {name: Metric(**settings) for name, settings in (told["metrics"] | told["subset"]).items()}
             facts = {name: arrays[name] for name in ("index", *told["facts"])}
-            return cls(folder, told, {name: arrays[name] for name in declared}, declared, facts)
+            metrics = {name: arrays[name] for name in declared}
+            return cls(folder, told, metrics, declared, facts, arrays.get(EMBEDDING))
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}): test again") from error
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.errors import ConfigError
-from models.core.pretrained import Pretrained
+from models.core.pretrained import FromCheckpoint
 
 KEY = "trained_classes"  # of a checkpoint
 
@@ -31,9 +31,9 @@ def trained_classes(checkpoint: Any) -> frozenset[int]:
     return frozenset(known.tolist())
 
 
-def of_backbones(learner: nn.Module) -> frozenset[int]:
-    """Of the classes that pretrained backbones inside a learner were trained on."""
-    parts = (part.trained_classes for part in learner.modules() if isinstance(part, Pretrained))
+def of_parts(learner: nn.Module) -> frozenset[int]:
+    """Of the classes that a learner's parts from other checkpoints were trained on."""
+    parts = (part.trained_classes for part in learner.modules() if isinstance(part, FromCheckpoint))
     return frozenset().union(*parts)
 
 

@@ -71,13 +71,16 @@ class Probe:
 
     def adaptation(self, tasks: int) -> np.ndarray | None:
         """The headline metric of the first tasks along the inner loop, (T, steps + 1); None where it has no steps."""
-        _, ready = self.sample(range(tasks))
-        predictions = self.along(ready)
-        states = (predictions.mean if isinstance(predictions, Mixture) else predictions).shape[1]
-        if states < 2:
-            return None
-        target = ready.query_y.cpu()[:, None].expand(-1, states, *ready.query_y.shape[1:])
-        return self.learner.per_task(predictions, target)[self.metric_name].numpy()
+        curves = []
+        for indices in self.tasks.alike(range(tasks)):
+            _, ready = self.sample(indices)
+            predictions = self.along(ready)
+            states = (predictions.mean if isinstance(predictions, Mixture) else predictions).shape[1]
+            if states < 2:
+                return None
+            target = ready.query_y.cpu()[:, None].expand(-1, states, *ready.query_y.shape[1:])
+            curves.append(self.learner.per_task(predictions, target)[self.metric_name].numpy())
+        return np.concatenate(curves)
 
     def names(self, stored: Episodes, i: int) -> list[str]:
         """Class names of task i by label; labels where the data has no names."""

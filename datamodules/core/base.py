@@ -10,7 +10,14 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from datamodules.core.episodes import Episodes, EvaluationTasks, TaskDistribution, TrainingTasks, episode_loader
+from datamodules.core.episodes import (
+    Episodes,
+    EvaluationGroups,
+    EvaluationTasks,
+    TaskDistribution,
+    TrainingTasks,
+    episode_loader,
+)
 from datamodules.core.errors import DataError, at_least
 from datamodules.core.metric import Metric
 from datamodules.core.runtime import memory_of_the_machine
@@ -137,7 +144,12 @@ class EpisodicDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: str, tasks: int) -> DataLoader:
         self._refuse_too_many(split, min(self.eval_batch_size, tasks))
-        return self._loader(split, EvaluationTasks(tasks, self.eval_batch_size, *self._rank), self.eval_batch_size)
+        groups = self.distribution(split).alike(range(tasks))
+        if len(groups) == 1:
+            sampler = EvaluationTasks(tasks, self.eval_batch_size, *self._rank)
+        else:
+            sampler = EvaluationGroups(groups, self.eval_batch_size, *self._rank)
+        return self._loader(split, sampler, self.eval_batch_size)
 
     def _refuse_too_large(self) -> None:
         """Refuse a task that the machine cannot hold, before any is made.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from typing import Any, Self
 
 import torch
@@ -31,6 +31,10 @@ class Support:
         unlabelled: further inputs of the same classes without labels, (U, *input), for learners that use them.
         group: number of the kind of task that this is (see TaskDistribution.task_groups), a scalar int64, where data
             know it: what only an oracle may look at.
+        classes: ids (ways,) of its classes among all of the split, where data know them: for losses over all of the
+            meta-training classes; no prediction may look at them.
+        facts: what data know of this task, see ``Episodes.task``; given to learners that declare ``reads_facts``, which
+            only an oracle does.
     """
 
     x: Tensor
@@ -38,6 +42,8 @@ class Support:
     ways: int
     unlabelled: Tensor | None = None
     group: Tensor | None = None
+    classes: Tensor | None = None
+    facts: Mapping[str, Tensor] | None = None
 
     def members(self) -> Tensor:
         """Which examples are of which class, (S, ways) bool."""
@@ -146,13 +152,20 @@ class Episodes(MetaBatch):
     def __getitem__(self, i: int) -> Task:
         unlabelled = None if self.unlabelled_x is None else self.unlabelled_x[i]
         group = None if self.groups is None else self.groups[i]
-        support = Support(self.support_x[i], self.support_y[i], self.ways, unlabelled, group)
+        classes = None if self.class_ids is None else self.class_ids[i]
+        facts = {name: values[i] for name, values in self.task.items()}
+        support = Support(self.support_x[i], self.support_y[i], self.ways, unlabelled, group, classes, facts)
         return Task(support, self.query_x[i], self.query_y[i])
 
     @property
     def groups(self) -> Tensor | None:
         """The number of each task's group, (T,) int64; None where there are none."""
         return None if self.task_groups is None else self.task[self.task_groups[0]]
+
+    @property
+    def class_ids(self) -> Tensor | None:
+        """Each task's classes among all of the split, (T, ways) int64; None where the data do not know them."""
+        return self.task.get("classes")
 
 
 class TaskDistribution:
@@ -186,6 +199,10 @@ class TaskDistribution:
     def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor | None:
         """The true functions of tasks (T, …) at inputs (N, 1), without noise, (T, N, 1)."""
         return None
+
+    def alike(self, indices: Sequence[int]) -> list[list[int]]:
+        """These numbers in groups of tasks of one shape, which alone are sampled together; the first one's leads."""
+        return [list(indices)]
 
     def sample(self, indices: Sequence[int]) -> MetaBatch:
         """The tasks of these numbers."""
@@ -246,6 +263,31 @@ class EvaluationTasks(Sampler[list[int]]):
         count = min(-(-total // (batch * world_size)), total // world_size)
         cuts = [len(share) * i // count for i in range(count + 1)]
         self.batches = [share[a:b] for a, b in pairwise(cuts)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class EvaluationGroups(Sampler[list[int]]):
+    """Tasks of several shapes once, in batches of one shape; each process has as many batches, of others.
+
+    Where batches do not divide among the processes the first are repeated: metrics count a task once.
+
+    Args:
+        groups: numbers of tasks of one shape each.
+        batch: most tasks of a batch.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], batch: int, rank: int, world_size: int) -> None:
+        batches = [list(group[i : i + batch]) for group in groups for i in range(0, len(group), batch)]
+        # As many on every process: DDP's forward waits for the others.
+        whole = -(-len(batches) // world_size) * world_size
+        self.batches = list(islice(cycle(batches), rank, whole, world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)

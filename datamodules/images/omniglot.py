@@ -123,6 +123,7 @@ HELD_OUT = VINYALS_VAL
 SMALL = ("Balinese", "Early_Aramaic", "Greek", "Korean", "Latin")
 
 _DRAWING = re.compile(r"(^|/)[^/]+/character\d+/\d+_\d+\.png$")
+MOST_NAMED = 6  # alphabets in a message
 LARGEST = 1 << 20  # bytes of a drawing's file; the published ones have some 200
 _CURE = "remove it, and a run downloads the data again"
 
@@ -159,7 +160,10 @@ class Omniglot(ImageDataModule):
     - ``minimal``: likewise, but trained on the five alphabets of background_small1 (136 characters); the alphabets of
       ``HELD_OUT`` that are not among them validate (150).
 
-    Within alphabets, meta-training passes over alphabets with fewer characters than ``train_ways``, and says so.
+    Within alphabets, meta-training passes over alphabets with fewer characters than ``train_ways``, and says so; where
+    ``within_alphabets`` asks for them, validation and test do with fewer than ``ways``.
+
+    1200/423 characters, without any for validation, are ``maml`` with ``train_on_val``.
 
     Args:
         protocol: see above.
@@ -170,6 +174,8 @@ class Omniglot(ImageDataModule):
         rotations: of every split, in place of the protocol's own; see ImageTasks. "classes" with ``maml`` is what
             Sung et al. 2018 and Mishra et al. 2018 used.
         train_rotations: of meta-training alone.
+        within_alphabets: all classes of a task come from one alphabet, which is the task's group, in every split; None
+            as the protocol has it.
         aligned: in all splits, the j-th example of every character of a task is by one drawer, and each j by another:
             with one shot and one query, as in the evaluation of Lake et al. 2015. (A drawer's number is his own within
             an alphabet.)
@@ -190,6 +196,7 @@ class Omniglot(ImageDataModule):
         train_on_val: bool = False,
         rotations: Rotations | None = None,
         train_rotations: Rotations | None = None,
+        within_alphabets: bool | None = None,
         aligned: bool = False,
         **common: Any,
     ) -> None:
@@ -202,7 +209,9 @@ class Omniglot(ImageDataModule):
         self.rotations = dict.fromkeys(SPLITS, rotations or turned.get(protocol, "none"))
         if train_rotations is not None:
             self.rotations["train"] = train_rotations
-        self.within_group = protocol in ("alphabets", "minimal")
+        own = protocol in ("alphabets", "minimal")
+        self.within_group = own if within_alphabets is None else within_alphabets
+        self.asks_within = bool(within_alphabets)
         self.aligned = aligned
 
     @property
@@ -231,7 +240,8 @@ class Omniglot(ImageDataModule):
         if self.train_on_val:
             names["train"] = names["train"] + names["val"]
         chosen = self._all.select([number[name] for name in names[split]])
-        return self._large_enough(chosen) if self.within_group and split == "train" else chosen
+        passes_over = self.within_group and (split == "train" or self.asks_within)
+        return self._large_enough(chosen, self.train_ways if split == "train" else self.ways) if passes_over else chosen
 
     def split_names(self) -> dict[str, list[str]]:
         """Names of the characters of each split."""
@@ -260,11 +270,12 @@ class Omniglot(ImageDataModule):
         alphabets = self.characters[set_name].items()
         return [f"{alphabet}/character{i:02d}" for alphabet, count in alphabets for i in range(1, count + 1)]
 
-    def _large_enough(self, classes: ImageClasses) -> ImageClasses:
+    def _large_enough(self, classes: ImageClasses, ways: int) -> ImageClasses:
         # Four background alphabets have 14 to 17 characters: without this, nobody could train 20-way episodes.
         sizes = {group: classes.groups.count(group) for group in dict.fromkeys(classes.groups)}
-        if small := [group for group, size in sizes.items() if size < self.train_ways]:
-            rank_zero_info(f"{self.train_ways}-way training within alphabets passes over {', '.join(small)}")
+        if small := [group for group, size in sizes.items() if size < ways]:
+            listed = ", ".join(small) if len(small) <= MOST_NAMED else f"{len(small)} of {len(sizes)} alphabets"
+            rank_zero_info(f"{ways}-way tasks within alphabets pass over {listed}")
         return classes.select([i for i, group in enumerate(classes.groups) if group not in small])
 
     @cached_property

@@ -93,7 +93,8 @@ class ImageTasks(TaskDistribution):
         ways, shots, queries: classes per task; support and query images per class.
         rotations: "none"; "random" turns each class of a task by a random multiple of 90° (support and query
             alike); "classes" makes each turn of a character a class of its own (4 times as many).
-        within_group: all classes of a task come from one group (an alphabet's own characters).
+        within_group: all classes of a task come from one group (an alphabet's own characters), whose number is in
+            ``Episodes.task["group"]``.
         aligned: the j-th image of every class has one number, another for each j: where images are numbered by who
             drew them, one drawer's characters are the support and another's the queries.
         warp: how the images are warped; None leaves them as they are.
@@ -144,8 +145,9 @@ class ImageTasks(TaskDistribution):
             )
         self.members: list[np.ndarray] | None = None
         if within_group:
-            names = np.array(classes.groups)
-            self.members = [np.flatnonzero(names == g) for g in dict.fromkeys(classes.groups)]
+            names, groups = np.array(classes.groups), tuple(dict.fromkeys(classes.groups))
+            self.members = [np.flatnonzero(names == g) for g in groups]
+            self.task_groups = ("group", groups)
             factor = 4 if rotations == "classes" else 1
             for group in self.members:
                 if len(group) * factor < ways:
@@ -193,11 +195,13 @@ class ImageTasks(TaskDistribution):
         shots = self.shots_of(indices)
         tasks, per_class = len(indices), shots + self.queries
         factor = 4 if self.rotations == "classes" else 1
+        facts = {}
         if self.members is None:
             drawn = rng.choice(len(self.classes) * factor, self.ways)
             base, turn = drawn % len(self.classes), drawn // len(self.classes)
         else:
             group = rng.integers(len(self.members))
+            facts["group"] = torch.from_numpy(group)
             sizes = np.array([len(m) for m in self.members])[group]
             drawn = rng.choice(sizes * factor, self.ways)
             turn = drawn // sizes[:, None]
@@ -222,11 +226,12 @@ class ImageTasks(TaskDistribution):
             query_y=label.repeat_interleave(self.queries).expand(tasks, -1),
             index=torch.as_tensor(np.asarray(indices, np.int64)),
             ways=self.ways,
-            task={"classes": torch.from_numpy(ids)},
+            task={"classes": torch.from_numpy(ids), **facts},
             # A warped image is none of the split's.
             support_rows=torch.from_numpy(rows[:, :, :shots]).flatten(1) if self.warp is None else None,
             query_rows=torch.from_numpy(rows[:, :, shots:]).flatten(1) if self.warp is None else None,
             unlabelled_x=self.unlabelled_images(rng, counts, instance, first_row),
+            task_groups=self.task_groups,
         )
 
     def unlabelled_images(

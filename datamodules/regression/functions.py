@@ -131,6 +131,51 @@ class FourFamilies:
         return torch.full_like(task["slope"], self.noise)
 
 
+MODES = ("sinusoid", "line", "quadratic", "tanh", "absolute")
+"""Kinds of functions, by the numbers that ``Episodes.task["family"]`` has."""
+Mode = Literal["sinusoid", "line", "quadratic", "tanh", "absolute"]
+
+
+@dataclass(frozen=True)
+class FiveFamilies:
+    """Sinusoids, lines, quadratics, tanh and absolute values, a kind drawn for each task: MMAML's benchmark.
+
+    y = a f(x - c) + b, with f the sine, identity, square, tanh or absolute value.
+
+    Attributes:
+        families: kinds that are drawn, each as often as the others.
+        noise: standard deviation of an observation's noise, in units of y.
+    """
+
+    families: Sequence[Mode]
+    noise: float
+
+    # By kind, what is uniform in which range: a, c and b. The quadratic's a has either sign.
+    ranges: ClassVar[dict[Mode, tuple[Range, Range, Range]]] = {
+        "sinusoid": ((0.1, 5.0), (0.0, math.pi), (0.0, 0.0)),
+        "line": ((-3.0, 3.0), (0.0, 0.0), (-3.0, 3.0)),
+        "quadratic": ((0.02, 0.15), (-3.0, 3.0), (-3.0, 3.0)),
+        "tanh": ((-3.0, 3.0), (-3.0, 3.0), (-3.0, 3.0)),
+        "absolute": ((-3.0, 3.0), (-3.0, 3.0), (-3.0, 3.0)),
+    }
+
+    def parameters(self, rng: TaskStreams) -> dict[str, np.ndarray]:
+        family = np.array([MODES.index(f) for f in self.families])[rng.integers(len(self.families))]
+        low, high = np.array([self.ranges[f] for f in MODES]).transpose(2, 0, 1)[:, family]
+        scale, centre, offset = (low + (high - low) * rng.uniform(0.0, 1.0, 3)).T
+        sign = np.where((rng.uniform() < 0.5) & (family == MODES.index("quadratic")), -1.0, 1.0)
+        return {"family": family, "scale": sign * scale, "centre": centre, "offset": offset}
+
+    def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor:
+        scale, centre, offset, family = (task[n][..., None, None] for n in ("scale", "centre", "offset", "family"))
+        z = x - centre
+        kinds = (z.sin(), z, z.square(), z.tanh(), z.abs())
+        return scale * sum((family == k) * f for k, f in enumerate(kinds)) + offset
+
+    def deviation(self, task: dict[str, Tensor]) -> Tensor:
+        return torch.full_like(task["scale"], self.noise)
+
+
 class RegressionTasks(TaskDistribution):
     """Functions of a family, each observed at uniformly drawn points; episode i is a pure function of (seed, split, i).
 
@@ -138,6 +183,7 @@ class RegressionTasks(TaskDistribution):
         family: of the functions.
         shots, queries: points of the support set and of the query set; the noise is on both.
         x_range: the points are uniform in it.
+        grid: the query set's are evenly spaced in it instead, both ends included; the support sets stay the same.
         tasks: number of functions; episode i observes function i mod ``tasks``, at points of its own. None: every
             episode has its own function.
         seed, split: of the episodes.
@@ -154,6 +200,7 @@ class RegressionTasks(TaskDistribution):
         queries: int,
         *,
         x_range: Range,
+        grid: bool = False,
         tasks: int | None,
         seed: int,
         split: str,
@@ -161,7 +208,7 @@ class RegressionTasks(TaskDistribution):
     ) -> None:
         self.task_groups = task_groups
         self.family, self.shots, self.queries = family, shots, queries
-        self.x_range, self.tasks = x_range, tasks
+        self.x_range, self.grid, self.tasks = x_range, grid, tasks
         self.seed, self.split = seed, split
 
     def function(self, task: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -186,6 +233,8 @@ class RegressionTasks(TaskDistribution):
         task = {name: value.float() if value.is_floating_point() else value for name, value in task.items()}
         points = self.shots + self.queries
         x = torch.from_numpy(rng.uniform(*self.x_range, points, 1)).float()
+        if self.grid:
+            x[:, self.shots :, 0] = torch.linspace(*self.x_range, self.queries)
         noise = torch.from_numpy(rng.normal(points, 1)).float()
         y = self.function(task, x) + self.family.deviation(task)[:, None, None] * noise
         return Episodes(
@@ -210,6 +259,7 @@ class RegressionDataModule(EpisodicDataModule):
         train_queries: queries in meta-training; MAML's code takes as many as shots (None: the same as queries).
         train_tasks: number of meta-training functions, each met again and again at new points (None: no limit).
         x_range: the points are uniform in it.
+        grid: meta-validation and meta-test measure on evenly spaced queries from one end of x_range to the other.
         meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule.
     """
 
@@ -225,6 +275,7 @@ class RegressionDataModule(EpisodicDataModule):
         train_queries: int | None = 10,
         train_tasks: int | None = None,
         x_range: Range = (-5.0, 5.0),
+        grid: bool = False,
         meta_batch_size: int = 25,
         val_tasks: int = 600,
         test_tasks: int = 10_000,
@@ -235,13 +286,13 @@ class RegressionDataModule(EpisodicDataModule):
         super().__init__(meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed)
         at_least(1, shots=shots, queries=queries, train_shots=train_shots)
         at_least(1, train_queries=train_queries, train_tasks=train_tasks)
-        _in_order(x_range=x_range)
+        in_order(x_range=x_range)
         self.family = family
         self.shots, self.queries = shots, queries
         self.train_shots = train_shots or shots
         self.train_queries = train_queries or queries
         self.train_tasks = train_tasks
-        self.x_range = x_range
+        self.x_range, self.grid = x_range, grid
 
     def task_shape(self) -> dict[str, int]:
         return {"shots": self.shots, "queries": self.queries}
@@ -253,6 +304,7 @@ class RegressionDataModule(EpisodicDataModule):
             self.train_shots if train else self.shots,
             self.train_queries if train else self.queries,
             x_range=self.x_range,
+            grid=self.grid and not train,
             tasks=self.train_tasks if train else None,
             seed=self.seed,
             split=split,
@@ -277,8 +329,8 @@ class Sinusoid(RegressionDataModule):
         noise: float = 0.0,
         **common: Any,
     ) -> None:
-        _in_order(amplitude=amplitude, phase=phase, frequency=frequency)
-        super().__init__(Sinusoids(amplitude, phase, frequency, _deviation(noise)), **common)
+        in_order(amplitude=amplitude, phase=phase, frequency=frequency)
+        super().__init__(Sinusoids(amplitude, phase, frequency, standard_deviation(noise)), **common)
 
 
 class HarderSinusoid(Sinusoid):
@@ -311,7 +363,7 @@ class Linear(RegressionDataModule):
     """
 
     def __init__(self, noise: float = 0.0, **common: Any) -> None:
-        super().__init__(Lines(_deviation(noise)), **common)
+        super().__init__(Lines(standard_deviation(noise)), **common)
 
 
 class FourFamily(RegressionDataModule):
@@ -336,16 +388,45 @@ class FourFamily(RegressionDataModule):
     ) -> None:
         if not families or len(set(families)) < len(families):
             raise ValueError(f"families are {list(families)} but must be one or more, each once")
-        super().__init__(FourFamilies(families, phase, _deviation(noise)), **common)
+        super().__init__(FourFamilies(families, phase, standard_deviation(noise)), **common)
 
 
-def _in_order(**ranges: Range) -> None:
+class FiveFamily(RegressionDataModule):
+    """Sinusoids, lines, quadratics, tanh and absolute values: the benchmark of MMAML (Vuorio et al., NeurIPS 2019).
+
+    The noise is on queries too, so that no squared error can be below its variance, 0.09; ``mse`` is with it.
+
+    Args:
+        families: kinds that tasks are drawn from; their numbers in ``Episodes.task["family"]`` stay those of all five.
+        noise: standard deviation of an observation's noise, in units of y.
+        common: see RegressionDataModule.
+    """
+
+    task_groups = ("family", MODES)
+
+    def __init__(self, families: Sequence[Mode] = MODES, noise: float = 0.3, **common: Any) -> None:
+        if not families or len(set(families)) < len(families):
+            raise ValueError(f"families are {list(families)} but must be one or more, each once")
+        super().__init__(FiveFamilies(families, standard_deviation(noise)), **common)
+
+
+def in_order(**ranges: Range) -> None:
+    """Refuse ranges that are none, by the names of their settings.
+
+    Raises:
+        ValueError: naming the setting.
+    """
     for name, (low, high) in ranges.items():
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
             raise ValueError(f"{name} is [{low}, {high}] but must be two finite numbers, the lower one first")
 
 
-def _deviation(noise: float) -> float:
+def standard_deviation(noise: float) -> float:
+    """The setting ``noise`` as it is.
+
+    Raises:
+        ValueError: it is no standard deviation.
+    """
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise} but is a standard deviation: it must be finite and at least 0")
     return noise

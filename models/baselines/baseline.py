@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules.core.episodes import Episodes, Support, Task
-from datamodules.core.errors import ConfigError, at_least
+from datamodules.core.errors import at_least
 from models.core.base_learner import Parameters
 from models.core.embedding_learner import Embedded, EmbeddingLearner
 from models.core.inner_loop import Adapted, adapted, call, class_means, inner_gradient, query, shuffled_passes
 from models.core.learner import Paper
+from models.core.training_classes import expect_classes
 from models.networks.backbones import Backbone
 
 BACKBONE = "backbone."
@@ -79,11 +80,7 @@ class Baseline(EmbeddingLearner):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            names = getattr(self.trainer.datamodule.distribution("train"), "class_names", None)
-            if names is None or len(names) != self.classes:
-                found = "does not tell its classes" if names is None else f"has {len(names)} classes"
-                cure = "" if names is None else f": --model.init_args.classes {len(names)}"
-                raise ConfigError(f"classes is {self.classes} but the meta-training split {found}{cure}")
+            expect_classes(self.trainer.datamodule, self.classes)
 
     # Meta-training: one classification problem ----------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +25,9 @@ from models.networks.batch_norm import (
 )
 
 State = TypeVar("State")
+Value = TypeVar("Value")
+# Tensors that take the places of parameters now: they are trained, though without a graph they do not say so.
+_given: ContextVar[frozenset[int]] = ContextVar("given", default=frozenset())
 
 
 class Adapted(NamedTuple):
@@ -46,6 +50,24 @@ def call(module: nn.Module, parameters: Parameters, x: Tensor, source: Source = 
     """``module(x)`` with these parameters, normalised as ``normalize_by`` has it; those not given are the module's."""
     with normalize_by(source, step):
         return functional_call(module, parameters, (x,))
+
+
+class _Around(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def with_values(module: nn.Module, values: Parameters, function: Callable[[], Value]) -> Value:
+    """``function()``, while these tensors take the places of the module's parameters and buffers of their names."""
+    token = _given.set(_given.get() | {id(value) for value in values.values()})
+    try:
+        return functional_call(_Around(module), {f"inside.{n}": v for n, v in values.items()}, (function,))
+    finally:
+        _given.reset(token)
 
 
 def adapted(module: nn.Module, parameters: Parameters, support: Support, mode: BatchNormMode, step: int = 0) -> Adapted:
@@ -166,15 +188,19 @@ def sgd_path(
     rate: float | Callable[[int], Parameters],
     steps: int,
     first_order: bool = False,
+    clip: float | None = None,
 ) -> Iterator[Parameters]:
     """Gradient descent from ``parameters`` (Finn et al., ICML 2017, eq. 1): ``inner_path`` of one rule.
 
     Args:
         loss, parameters, steps, first_order: see ``inner_path``; FOMAML is of first order.
         rate: the inner learning rate; or for each step one for each parameter, of its shape or a scalar.
+        clip: what each entry of an inner gradient is limited to, either way.
     """
 
     def descend(step: int, at: Parameters, gradient: Parameters, *_: Any) -> tuple[Parameters, None]:
+        if clip is not None:
+            gradient = {name: g.clamp(-clip, clip) for name, g in gradient.items()}
         rates = rate(step) if callable(rate) else dict.fromkeys(at, rate)
         return {name: p - rates[name] * gradient[name] for name, p in at.items()}, None
 
@@ -232,5 +258,5 @@ def split_parameters(module: nn.Module, adapt_normalization: bool) -> tuple[Para
     fixed = set()
     if not adapt_normalization:
         fixed = {id(p) for m in module.modules() if isinstance(m, BatchNorm) for p in m.parameters()}
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad or id(p) in _given.get()]
     return {n: p for n, p in named if id(p) not in fixed}, {n: p for n, p in named if id(p) in fixed}

@@ -21,7 +21,7 @@ from datamodules.core.errors import ConfigError
 from datamodules.core.metric import Metric
 from models.core.base_learner import BaseLearner
 from models.core.from_checkpoint import build
-from models.core.metrics import FINGERPRINT, TaskMetrics, classification_metrics, regression_metrics
+from models.core.metrics import EMBEDDING, FINGERPRINT, TaskMetrics, classification_metrics, regression_metrics
 from models.core.predictions import Mixture, Prediction, cross_entropies
 from models.core.task_kinds import KINDS
 from models.core.task_map import map_tasks
@@ -63,6 +63,8 @@ class MetaLearner(pl.LightningModule):
     """What it measures of a task beside the metrics of its kind, by name."""
     selects_by: ClassVar[str | None] = None
     """The metric of meta-validation that its best checkpoint has unless told otherwise; None: its kind's headline."""
+    reads_facts: ClassVar[bool] = False
+    """Whether its support sets hold what data know of a task (``Support.facts``), which only an oracle may look at."""
 
     def __init__(
         self,
@@ -149,12 +151,25 @@ class MetaLearner(pl.LightningModule):
 
     @property
     def embedding_size(self) -> int:
-        """d of ``embed_task``; 0 where a learner has no vector of a task."""
+        """d of ``embed_task``, which a test records of every task; 0 where a learner has no vector of a task."""
         return 0
 
     def embed_task(self, support: Support) -> Tensor:
         """What task this is, (embedding_size,), from its support set."""
         raise NotImplementedError
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """What it can be evaluated with in the place of a task's own embedding, by names that ``control`` takes."""
+        return ()
+
+    def control(self, name: str) -> None:
+        """From here on evaluate with this control; see ``controls``."""
+        raise NotImplementedError
+
+    def embedding_distances(self, a: Tensor, b: Tensor) -> Tensor:
+        """How far tasks are apart by their embeddings (A, d) and (B, d), (A, B): Euclidean unless it knows better."""
+        return torch.cdist(a, b)
 
     def embeddings(self, x: Tensor) -> Tensor | None:
         """Of inputs (N, *input) each by itself, (N, features), to be looked at; None where it has none."""
@@ -212,19 +227,26 @@ class MetaLearner(pl.LightningModule):
             target, shares = target[rows], None if shares is None else shares[rows]
         return self.loss(prediction, target, shares)
 
-    def map(self, function: Callable[[Task], Any], episodes: Episodes) -> Any:
-        """``function`` of every task of a meta-batch; its tensors come back with a leading (T,)."""
+    def map(self, function: Callable[..., Any], episodes: Episodes, *further: Tensor) -> Any:
+        """``function`` of every task of a meta-batch; its tensors come back with a leading (T,).
 
+        Beside the task it gets its row of each of ``further``, (T, …).
+        """
         e = episodes
+        given = (("unlabelled", e.unlabelled_x), ("group", e.groups), ("classes", e.class_ids))
+        optional = {name: t for name, t in given if t is not None}
+        told = e.task if self.reads_facts else {}
 
-        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *known: Tensor) -> Any:
-            more = dict(zip(optional, known, strict=True))
-            return function(Task(Support(support_x, support_y, e.ways, **more), query_x, query_y))
+        def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *rows: Tensor) -> Any:
+            known = dict(zip(optional, rows, strict=False))
+            rows = rows[len(optional) :]
+            facts = dict(zip(told, rows, strict=False)) if self.reads_facts else None
+            task = Task(Support(support_x, support_y, e.ways, **known, facts=facts), query_x, query_y)
+            return function(task, *rows[len(told) :])
 
         # In evaluation what a task draws must not depend on which tasks it is mapped with.
         randomness = "different" if self.training else "same"
-        optional = {n: t for n, t in (("unlabelled", e.unlabelled_x), ("group", e.groups)) if t is not None}
-        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values())
+        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values(), *told.values(), *further)
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
@@ -271,9 +293,13 @@ class MetaLearner(pl.LightningModule):
 
     def evaluation_step(self, batch: Episodes, stage: str) -> None:
         prediction = self.predictions(batch)
-        facts = batch.task | {FINGERPRINT: batch.fingerprint()} if stage == "test" else None
         metrics = self.per_task(prediction, batch.query_y) | self.task_metrics(batch)
-        self.stage_metrics(stage).update(batch.index, metrics, facts)
+        facts = kept = None
+        if stage == "test":
+            facts = batch.task | {FINGERPRINT: batch.fingerprint()}
+            if self.embedding_size:
+                kept = {EMBEDDING: self.map(lambda task: self.embed_task(task.support), batch)}
+        self.stage_metrics(stage).update(batch.index, metrics, facts, kept)
 
     def validation_step(self, batch: Episodes, batch_idx: int) -> None:
         self.evaluation_step(batch, "val")
@@ -329,8 +355,12 @@ class MetaLearner(pl.LightningModule):
         metrics = self.stage_metrics("test").compute()
         self.log_dict({f"test/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer is made with: the parameters that are trained, or groups with rates of their own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
+        trained = self.parameter_groups()
         if not trained:
             raise ConfigError("this learner has no parameters beside its frozen backbone: there is nothing to train")
         optimizer = self.optimizer(trained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -77,6 +78,31 @@ def regression_metrics(prediction: Prediction, target: Tensor, width: bool = Tru
     return metrics
 
 
+DENSITIES: Mapping[str, Metric] = {
+    "marginal": Metric("higher", "log-density of a query (nats)"),
+    "joint": Metric("higher", "joint log-density of the queries, of each (nats)"),
+}
+"""What ``density_metrics`` measures: two that do not compare, since neighbouring queries tell of each other."""
+
+
+def density_metrics(prediction: Mixture, target: Tensor) -> dict[str, Tensor]:
+    """How likely a task's targets were, where the parts of a mixture are functions, which all queries share.
+
+    Args:
+        prediction: values' distribution.
+        target: (…, Q, out).
+
+    Returns:
+        marginal, the mean over queries of the log-density of each by itself; joint, the log-density of all queries
+        together over their number; nats, both (…,). Of one part they are the same.
+    """
+    of_parts = prediction.log_densities(target)
+    parts, queries = of_parts.shape[-2:]
+    marginal = of_parts.logsumexp(-2).mean(-1) - math.log(parts)
+    joint = (of_parts.sum(-1).logsumexp(-1) - math.log(parts)) / queries
+    return {"marginal": marginal, "joint": joint}
+
+
 def _squared_error(value: Tensor, target: Tensor) -> Tensor:
     return (value.float() - target).square().flatten(-2).mean(-1)
 
@@ -124,6 +150,8 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 """By the name of a metric that is pooled over tasks, what makes it of the sum of their counts."""
 FINGERPRINT = "fingerprint"
 """Among the facts of a task, the number to know it again by."""
+EMBEDDING = "embedding"
+"""Among what is kept of a task, the learner's vector of it."""
 
 
 def aggregate(values: Mapping[str, Tensor], declared: Mapping[str, Metric]) -> dict[str, float]:
@@ -183,19 +211,31 @@ class TaskMetrics(torchmetrics.Metric):
         self.declared = dict(declared)
         self.names: list[str] = []
         self.facts: list[str] = []
+        self.kept: list[str] = []
         self.all_tasks: dict[str, Tensor] = {}
         self.subset: dict[str, Tensor] = {}
         self.add_state("index", default=[], dist_reduce_fx="cat")
 
-    def update(self, index: Tensor, metrics: dict[str, Tensor], facts: dict[str, Tensor] | None = None) -> None:
-        """Add tasks: their numbers (T,), their metrics and what else is to be kept of them, each (T, …).
+    def update(
+        self,
+        index: Tensor,
+        metrics: dict[str, Tensor],
+        facts: dict[str, Tensor] | None = None,
+        kept: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add tasks: their numbers (T,), their metrics, and more to be kept of them, each (T, …).
+
+        Args:
+            index, metrics: as above.
+            facts: of the tasks, whoever learns them, by which they are known again.
+            kept: of the learner, and no metric, as its embedding of each task.
 
         Raises:
             ValueError: a metric that is not declared.
         """
         for name in metrics:
             declaration(name, self.declared)
-        for names, values in ((self.names, metrics), (self.facts, facts or {})):
+        for names, values in ((self.names, metrics), (self.facts, facts or {}), (self.kept, kept or {})):
             for name, value in values.items():
                 if name not in names:
                     names.append(name)
@@ -209,9 +249,9 @@ class TaskMetrics(torchmetrics.Metric):
         self.subset = {}
 
     def table(self) -> dict[str, Tensor]:
-        """Per-task metrics in the order of the tasks' numbers, each task once: name to (T, …), on the CPU."""
+        """What is kept of each task in the order of their numbers, each task once: name to (T, …), on the CPU."""
         index, first = _first_of_each(dim_zero_cat(self.index))
-        names = [*self.names, *self.facts]
+        names = [*self.names, *self.facts, *self.kept]
         return {"index": index.cpu()} | {n: dim_zero_cat(getattr(self, f"task_{n}"))[first].cpu() for n in names}
 
     def compute(self) -> dict[str, float]:

@@ -28,6 +28,10 @@ class Mixture(NamedTuple):
         weights = Categorical(logits=torch.zeros_like(mean), validate_args=False)
         return MixtureSameFamily(weights, parts, validate_args=False)
 
+    def log_densities(self, value: Tensor) -> Tensor:
+        """Of each query by each part, all outputs together, (…, M, Q), from values (…, Q, out)."""
+        return Normal(self.mean, self.deviation, validate_args=False).log_prob(value.unsqueeze(-3)).sum(-1)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of values (…, Q, out), of the same shape."""
         return self.distribution().log_prob(value)

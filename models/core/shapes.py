@@ -41,7 +41,7 @@ def fits(learner: torch.nn.Module, inputs: Tensor) -> None:
 
 
 def fits_task(learner: torch.nn.Module, tasks: MetaBatch) -> None:
-    """See whether tasks are whole and go through the learner's backbone, and whether its head fits the targets.
+    """See whether tasks are whole and go through the learner's backbone, and whether it fits inputs and targets.
 
     Raises:
         ConfigError: they do not.
@@ -57,6 +57,13 @@ def fits_task(learner: torch.nn.Module, tasks: MetaBatch) -> None:
             raise ConfigError(f"a {what} label is {wrong} but the tasks have {tasks.ways} ways: number classes from 0")
     if tasks.ways and (tasks.support_y.sort(1).values.diff(dim=1) > 0).sum(1).min() < tasks.ways - 1:
         raise ConfigError(f"a support set has no example of one of its {tasks.ways} classes: give each class one")
+    inputs = getattr(learner, "inputs", None)
+    if isinstance(inputs, int) and tasks.support_x.shape[2:] != (inputs,):
+        shape = "×".join(map(str, tasks.support_x.shape[2:]))
+        raise ConfigError(
+            f"the data's inputs are {shape} but the learner takes {inputs} numbers: give --model.init_args.inputs "
+            f"{tasks.support_x.shape[-1]}, or other data"
+        )
     outputs = getattr(learner, "outputs", None)
     if not tasks.ways and outputs not in (None, wanted := tasks.query_y.shape[-1]):
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Support
 
 
@@ -14,6 +15,17 @@ class TaskEmbedding(nn.Module):
     """
 
     embedding_size: int
+
+    def attach(self, learner: nn.Module) -> None:
+        """See the learner whose tasks are embedded, before training; most embeddings do not depend on it.
+
+        Raises:
+            ConfigError: it cannot embed this learner's tasks.
+        """
+
+    def check(self, data: EpisodicDataModule) -> str | None:
+        """Why it cannot embed these tasks, and the cure; None if it can."""
+        return None
 
     def embed_task(self, support: Support) -> Tensor:
         """What task this is, (embedding_size,)."""

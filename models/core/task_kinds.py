@@ -36,7 +36,7 @@ KINDS: Mapping[str, TaskKind] = {
         },
         (
             *("histogram", "reliability", "clusters", "adaptation", "training", "open_set"),
-            *("episodes", "generated", "embedding", "confusion"),
+            *("episodes", "generated", "embedding", "task_embeddings", "confusion"),
         ),
     ),
     "regression": TaskKind(
@@ -48,7 +48,7 @@ KINDS: Mapping[str, TaskKind] = {
             "levels": Metric("lower", "error of the coverage", pooled="coverage_error"),
             "width": Metric(label="width of the 95 % interval"),
         },
-        ("histogram", "coverage", "clusters", "adaptation", "training", "fits"),
+        ("histogram", "coverage", "clusters", "adaptation", "training", "task_embeddings", "fits"),
     ),
     "reinforcement": TaskKind(
         "return",

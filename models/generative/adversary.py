@@ -1,4 +1,4 @@
-"""Generators of images that look like a task's, and the game that they play with a few-shot classifier."""
+"""Images that look like a task's, and the game that they play with a few-shot classifier."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
-from torch.func import grad_and_value
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
 from datamodules.core.metric import Metric
-from models.core.inner_loop import with_gradient
 from models.core.predictions import cross_entropies
+from models.core.two_players import of_inputs_alone
 from models.networks.batch_norm import recording
+from models.networks.gaussians import standard_normal
+from models.networks.generator import Generator
 
 SEED = 0  # of all draws in evaluation
 SMALLEST = 7  # side of the maps that a generator starts from, at most, pixels
@@ -84,33 +85,6 @@ class DatasetEncoder(nn.Module):
         return Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
 
 
-class Generator(nn.Module):
-    """G: vectors to images in [0, 1], by transposed convolutions that double the maps.
-
-    Args:
-        shape: (channels, height, width) of an image.
-        widths: channels before each of them, the last one first.
-        inputs: size of a vector.
-    """
-
-    def __init__(self, shape: tuple[int, ...], widths: list[int], inputs: int) -> None:
-        super().__init__()
-        self.shape = shape
-        self.start = (widths[-1], *(-(-side // 2 ** len(widths)) for side in shape[1:]))
-        self.linear = nn.Linear(inputs, math.prod(self.start))
-        channels = [*reversed(widths), shape[0]]
-        self.convs = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(channels))
-        # Of each image by itself, so that a fake depends on no other.
-        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in channels[:-1])
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Images (n, C, H, W) of vectors (n, inputs)."""
-        x = self.linear(z).unflatten(-1, self.start)
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = conv(F.relu(norm(x)))
-        return x[..., : self.shape[1], : self.shape[2]].sigmoid()
-
-
 OWN_METRICS = {
     "supervised_loss": Metric("lower"),
     **{name: Metric() for name in ("real_loss", "fake_loss", "generator_loss", "kl")},
@@ -141,10 +115,7 @@ class Adversary(nn.Module):
 
     def draw(self, like: Tensor, rng: np.random.Generator | None) -> Tensor:
         """Standard normal noise of a tensor's shape."""
-        if rng is None:
-            return torch.randn_like(like)
-        # By numpy, since what torch draws depends on the tasks that are mapped together, and on the device.
-        return torch.from_numpy(rng.standard_normal(like.shape)).to(like.device, like.dtype)
+        return standard_normal(like, rng)
 
     def forward(self, support: Support, images: int) -> tuple[Tensor, Tensor]:
         """Fakes (n, C, H, W) for a task, and KL(q(c|T) ‖ N(0, I)), nats; in evaluation the same at every call.
@@ -195,9 +166,7 @@ class Adversary(nn.Module):
         def loss(x: Tensor) -> Tensor:
             return F.softplus(-realness(logits(x))).mean()
 
-        with torch.no_grad(), recording(None):
-            gradient, value = grad_and_value(loss)(fakes)
-        return with_gradient(value, (gradient * fakes).sum())
+        return of_inputs_alone(loss, fakes)
 
     def objective(self, logits: Logits, task: Task) -> tuple[Any, ...]:
         """One task's part of both players' losses, by the task's discriminator: see ``MetaLearner.objective``.

@@ -105,12 +105,16 @@ class GRUCell(nn.Module):
         """The next state (…, hidden) from an input (…, inputs) and the state (…, hidden)."""
         return self._step(self._project(x), h, self.weight_hh)
 
-    def run(self, x: Tensor, h: Tensor | None = None) -> Tensor:
-        """States (steps, N, hidden) along sequences (steps, N, inputs), from a state (N, hidden) or from zeros."""
+    def run(self, x: Tensor, h: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+        """States (steps, N, hidden) along sequences (steps, N, inputs), from a state (N, hidden) or from zeros.
+
+        A state stays as it is at steps of ``counts`` (steps, N) 0; None takes all.
+        """
         projected, weight_hh, states = self._project(x), self.weight_hh, []
         h = x.new_zeros(x.shape[1], weight_hh.shape[1]) if h is None else h
-        for step in projected:
-            h = self._step(step, h, weight_hh)
+        for t, step in enumerate(projected):
+            following = self._step(step, h, weight_hh)
+            h = following if counts is None else torch.where(counts[t, :, None] > 0, following, h)
             states.append(h)
         return torch.stack(states)
 

@@ -42,6 +42,8 @@ class MAML(GradientLearner):
         eval_inner_steps: gradient steps in evaluation; None takes as many as in training.
         first_order: leave out second derivatives (FOMAML).
         adapt_normalization: adapt batch norm's scale and shift too; the reference code does not.
+        inner_clip: what each entry of an inner gradient is limited to, either way; MMAML has 10 on functions. None
+            leaves gradients as they are.
         learned_rates: meta-learn a rate for each step and tensor, from ``inner_rate`` on; steps beyond the trained ones
             take the last one's.
         per_step_norm: give each step its own scale, shift and running averages of batch norm.
@@ -69,6 +71,7 @@ class MAML(GradientLearner):
         eval_inner_steps: int | None = None,
         first_order: bool = False,
         adapt_normalization: bool = False,
+        inner_clip: float | None = None,
         learned_rates: bool = False,
         per_step_norm: bool = False,
         multi_step_updates: int = 0,
@@ -77,9 +80,11 @@ class MAML(GradientLearner):
         **others: Any,
     ) -> None:
         super().__init__(outputs, inner_steps, eval_inner_steps, batch_norm, **others)
+        if inner_clip is not None and inner_clip <= 0:
+            raise ValueError(f"inner_clip is {inner_clip} but must be above 0: leave it out for gradients as they are")
         at_least(0, multi_step_updates=multi_step_updates, first_order_updates=first_order_updates)
         self.learner = BaseLearner(backbone, outputs)
-        self.inner_rate = inner_rate
+        self.inner_rate, self.inner_clip = inner_rate, inner_clip
         self.first_order, self.first_order_updates = first_order, first_order_updates
         self.adapt_normalization = adapt_normalization
         self.per_step_norm, self.multi_step_updates = per_step_norm, multi_step_updates
@@ -106,7 +111,8 @@ class MAML(GradientLearner):
 
         rate = self.inner_rate if self.rates is None else self.rate
         first_order = self.first_order or self.meta_updates < self.first_order_updates
-        path = sgd_path(support_loss, self.learner.resize_head(start, support.ways), rate, self.steps, first_order)
+        start = self.learner.resize_head(start, support.ways)
+        path = sgd_path(support_loss, start, rate, self.steps, first_order, self.inner_clip)
         for step, parameters in enumerate(path):
             yield adapted(self.learner, parameters | fixed, support, self.batch_norm, step)
 

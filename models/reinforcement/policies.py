@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -129,6 +130,22 @@ def generalized_advantages(rewards: Tensor, values: Tensor, discount: float, dec
         following = rewards[t] + discount * next_value - values[t] + discount * decay * following
         advantages[t], next_value = following, values[t]
     return advantages
+
+
+def normalized_advantages(advantages: Tensor, counts: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """With mean 0 over the trials of all processes at each step, and deviation 1 over all steps that count.
+
+    What a value network that cannot tell the steps apart yet gets wrong is common to all trials of a step.
+
+    Args:
+        advantages: (steps, N).
+        counts: likewise, 1 for those that do and 0 for others.
+        total: sum over all processes.
+    """
+    count = total(counts.sum(1, keepdim=True))
+    centred = advantages - total((advantages * counts).sum(1, keepdim=True)) / count.clamp(min=1)
+    deviation = (total((centred.square() * counts).sum()) / count.sum()).sqrt()
+    return centred / (deviation + 1e-8)
 
 
 def clipped_objective(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:

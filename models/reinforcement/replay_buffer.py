@@ -190,6 +190,60 @@ class Replay:
         )
 
 
+class RecentTrials:
+    """The newest trials of a run, which checkpoints hold whole: a ring, where each takes the place of the oldest.
+
+    Args:
+        capacity: trials that are kept.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.added = capacity, 0
+        self._rows = torch.empty(0)
+
+    def __len__(self) -> int:
+        return min(self.added, self.capacity)
+
+    def append(self, trials: Tensor) -> None:
+        """Add trials (N, steps, numbers), the oldest first.
+
+        Raises:
+            ConfigError: those before were of another shape.
+        """
+        trials = trials.detach().cpu()
+        if not self.added:
+            self._rows = trials.new_empty(0, *trials.shape[1:])
+        if trials.shape[1:] != self._rows.shape[1:]:
+            raise ConfigError(
+                f"the checkpoint's trials are of [steps, numbers] {list(self._rows.shape[1:])}, the run's of "
+                f"{list(trials.shape[1:])}: leave the data as it was, or start a new run"
+            )
+        first = max(0, len(trials) - self.capacity)
+        place = (self.added + torch.arange(first, len(trials))) % self.capacity
+        self.added += len(trials)
+        if len(self) > len(self._rows):  # memory is made as it is needed
+            self._rows = torch.cat([self._rows, self._rows.new_empty(len(self) - len(self._rows), *trials.shape[1:])])
+        self._rows[place] = trials[first:].to(self._rows)
+
+    def at(self, places: Tensor) -> Tensor:
+        """Trials at places (B,) in [0, len): (B, steps, numbers)."""
+        return self._rows[places]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"added": self.added, "capacity": self.capacity, "rows": self._rows.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; with another capacity, with the newest that it has room for."""
+        rows, added = state["rows"], state["added"]
+        oldest_first = rows.roll(-(added % state["capacity"]), 0) if added > state["capacity"] else rows
+        self.added, self._rows = 0, torch.empty(0)
+        if state["capacity"] == self.capacity:
+            self.added, self._rows = added, rows.clone()
+        elif added:
+            self.append(oldest_first)
+
+
 def _find(ends: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the episodes, that end at (T, E), steps (T, n) fall into, and where within it."""
     place = torch.searchsorted(ends, step, right=True)

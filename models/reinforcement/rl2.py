@@ -23,6 +23,7 @@ from models.reinforcement.policies import (
     encode,
     generalized_advantages,
     mean_where,
+    normalized_advantages,
     single,
 )
 from models.reinforcement.trials import Seen, Trial, run_trial
@@ -185,7 +186,7 @@ class RL2(ReinforcementLearner):
                 self.normalizer.update(run_trial(batch, self.agent()), self.total)
             trial = run_trial(batch, self.agent())
             rollout = self.rollout(trial)
-            rollout = rollout._replace(advantage=self._normalised(rollout.advantage, rollout.alive))
+            rollout = rollout._replace(advantage=normalized_advantages(rollout.advantage, rollout.alive, self.total))
         kl, updates = 0.0, 0
         for part, last in self._parts(rollout, len(batch)):
             share = part.action.shape[1] * self.minibatches / batch.meta_batch * self.trainer.world_size
@@ -234,16 +235,6 @@ class RL2(ReinforcementLearner):
             order = torch.randperm(trials).to(rollout.inputs.device)
             for k, rows in enumerate(order.tensor_split(self.minibatches)):
                 yield rollout.of(rows), epoch == self.epochs - 1 and k == self.minibatches - 1
-
-    def _normalised(self, advantage: Tensor, alive: Tensor) -> Tensor:
-        """With mean 0 over the trials of all processes at each step, and deviation 1 over all steps that count.
-
-        What a value network that cannot tell the steps apart yet gets wrong is common to all trials of a step.
-        """
-        count = self.total(alive.sum(1, keepdim=True))
-        centred = advantage - self.total((advantage * alive).sum(1, keepdim=True)) / count.clamp(min=1)
-        deviation = (self.total((centred.square() * alive).sum()) / count.sum()).sqrt()
-        return centred / (deviation + 1e-8)
 
     def _mean(self, value: Any) -> float:
         return float(self.total(torch.as_tensor(value))) / self.trainer.world_size

@@ -14,12 +14,15 @@ import pytest
 import torch
 import yaml
 
+from app.cli.builder import main as train
 from app.dashboard.callback import Dashboard
-from app.evaluate import ReadyTasks, main
+from app.evaluate import ReadyTasks, main, verdicts
 from app.runs.directory import choose_run, slug
 from datamodules import ImageFolder
 from datamodules.core.errors import ConfigError
 from models import MAML
+from models.core.task_kinds import KINDS
+from tests.support.toy import command
 from tests.support.trained import CLASSES, SIZE, picture_tree, train_on_pictures
 
 # Lightning calls what jsonargparse 5 will not have.
@@ -293,3 +296,53 @@ def test_settings_that_cannot_be(runs: Path, tmp_path: Path, capsys) -> None:
         (["--out", str(tmp_path / "file")], "give --out a folder"),
     ):
         assert words in refused(capsys, *protonet, *flags), flags
+
+
+def test_controls_of_a_decorative_embedding(tmp_path, caplog):
+    """Catches controls that are of another test or in one folder: with the modulation at zero all three are equal."""
+    train(command("Conditioned", tmp_path, steps=6))
+    checkpoint = tmp_path / "conditioned" / "checkpoints" / "last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["conditioning.generator.weight"].zero_()
+    torch.save(content, checkpoint)
+    caplog.set_level("INFO")
+    main(["--ckpt_path", str(checkpoint), "--controls", "--out", str(tmp_path / "out")])
+    told = [r.getMessage() for r in caplog.records if "task embedding" in r.getMessage()]
+    assert len(told) == 2 and all("+0.00 ± 0.00 % of accuracy; the task embedding is decorative" in t for t in told)
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [one["learner"].split()[-1] for one in found["learners"]][1:] == ["last-shuffled", "last-constant"]
+    folders = [Path(one["folder"]) for one in found["learners"]]
+    assert [json.loads((f / "results.json").read_text()).get("control") for f in folders] == [
+        None,
+        "shuffled",
+        "constant",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "better", "worse"), [("classification", 0.8, 0.6), ("regression", 0.6, 0.8)])
+def test_an_embedding_matters_where_a_control_is_worse(kind, better, worse):
+    """Catches a verdict on unpaired intervals, or one that takes a higher error for a loss of nothing."""
+    metric = KINDS[kind].headline
+    noise = torch.randn(
+        50, generator=torch.Generator().manual_seed(0)
+    )  # far more than the difference, the same for both
+
+    def one(name: str, mean: float) -> Any:
+        table = {metric: noise + mean + 0.01 * torch.arange(50).remainder(2)}
+        return SimpleNamespace(folder=Path("runs/a/evaluations") / name, metrics=table, declared=KINDS[kind].metrics)
+
+    clis: list[Any] = [
+        SimpleNamespace(control=control, datamodule=SimpleNamespace(kind=kind))
+        for control in (None, "shuffled", "constant")
+    ]
+    shuffled, constant = verdicts(
+        clis, [one("best", better), one("best-shuffled", worse), one("best-constant", better)]
+    )
+    assert "a best: own - shuffled" in shuffled and shuffled.endswith("matters")
+    assert "decorative" in constant
+
+
+def test_controls_of_a_learner_without_an_embedding_are_refused(runs, capsys):
+    """Catches a comparison of a learner with itself."""
+    line = refused(capsys, "--ckpt_path", str(runs / "maml" / "checkpoints" / "last.ckpt"), "--controls")
+    assert "leave out --controls" in line

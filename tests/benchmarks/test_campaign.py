@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks import tables
 from benchmarks.campaign import load, main
 from datamodules.core.errors import ConfigError
 from tests.support.processes import ROOT
@@ -64,6 +65,21 @@ def test_what_is_done_is_skipped_and_what_changed_is_not(tmp_path, capfd):
     entries = listed(tmp_path, [{**short[0], "flags": [*short[0]["flags"], "--trainer.max_steps", "6"]}])
     assert main(queue(tmp_path, entries)) == 0
     assert rows(tmp_path)[name]["meta_updates"] == 6
+
+
+def test_a_result_leads_with_the_metric_that_is_published(tmp_path, capfd):
+    """Catches a published density beside a measured squared error, in the table or on the curve."""
+    few = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--pictures", "false"]
+    few += ["--data.init_args.test_tasks", "20", "--data.init_args.val_tasks", "10"]
+    entry = {"config": "generative/cnp/gp-rbf-short", "flags": few, "metric": "marginal", "published": "0.26"}
+    assert main(queue(tmp_path, listed(tmp_path, [entry]))) == 0
+    (result,) = rows(tmp_path).values()
+    assert next(iter(result["metrics"])) == "marginal" == result["curve"]["metric"] and "mse" in result["metrics"]
+    whole = json.loads(next((tmp_path / "results").glob("*.json")).read_text())
+    _, task, published, metric, ours, *_ = tables.row(whole)
+    assert (task, published, metric) == ("GaussianProcesses", "0.26", "log-density of a query (nats)")
+    assert f"{result['metrics']['marginal']['mean']:.4f}" in ours
+    assert tables.curve_figure(whole).axes[0].get_ylabel() == metric
 
 
 @pytest.mark.slow

@@ -76,3 +76,19 @@ def test_missing_data_is_one_line_that_names_the_cure(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("error: no images_background.zip under ")
     assert "--generated" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_matrix_of_recommendations_is_made_once_and_tried(tmp_path: Path) -> None:
+    """Catches a learner that is tested on tasks of its own, a second training of what is there, or a lost table."""
+    own = ["--only", "pixel,protonet-untrained,protonet-8-glyphs", "--tasks", "48", "--scale", "0.02"]
+    for _ in range(2):
+        done = run("recommendation", *own, "--probes", "1", "--out", str(tmp_path))
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = (tmp_path / "matrix.csv").read_text().splitlines()
+        assert lines[0] == "task,domain,pixel,protonet-untrained,protonet-8-glyphs"
+        assert len(lines) == 49
+    assert "of the processor" not in done.stdout
+    content = json.loads((tmp_path / "held-out-1-probes" / "regret.json").read_text())
+    assert (content["known"], content["held_out"]) == (34, 14)
+    assert {row["way"] for row in content["ways_to_decide"]} >= {"oracle", "matrix factorisation", "best on average"}

@@ -30,6 +30,7 @@ COUPLED = {
     "ABML": ("--model.deviation", "1e-15"),
     "Baseline": ("--model.batch_norm", "none"),
     "PEARL": ("--model.kl_weight", "0"),  # summed over a meta-batch, as published
+    "ProbabilisticTaskModel": ("--model.theme_rate", "0"),
     "SNAIL": ("--data.max_train_shots", "1"),
 }
 FEW_SHOT = pytest.mark.parametrize("name", ALGORITHMS)

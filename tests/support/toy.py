@@ -45,6 +45,13 @@ DATA = [
 SIZES = ["--data.val_tasks", "8", "--data.test_tasks", "12", "--data.eval_batch_size", "4"]
 QUIET = ["--wandb", "off", "--pictures", "false", "--keep_precision", "true"]  # drawing takes longer than training
 TRAINER = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *QUIET]
+
+
+def under(part: str, flags: list[str]) -> list[str]:
+    """The flags of a learner for one that is a part of another."""
+    return [flag.replace("--model.", f"--model.{part}.") for flag in flags]
+
+
 MAML = ["--model", "models.MAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"]
 ALGORITHMS = {
     "MAML": MAML,
@@ -88,6 +95,24 @@ ALGORITHMS = {
         *("--model.window", "2", "--model.eval_inner_steps", "6", "--model.scale", "0.1"),
         *("--model.estimator", "pes"),
     ],
+    "CAVIA": [
+        *("--model", "models.CAVIA", *BACKBONE, "--model.backbone.downsample", "pool", "--model.outputs", "3"),
+        *("--model.conditioning", "film", "--model.context_size", "6", "--model.inner_steps", "2"),
+    ],
+    "Task2Vec": ["--model", "models.Task2Vec", *BACKBONE, "--model.iterations", "50"],
+    "GradientPCA": [
+        *("--model", "models.GradientPCA", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *(
+            "--model.components",
+            "4",
+            "--model.records",
+            "16",
+            "--model.projected",
+            "64",
+            "--model.first_order",
+            "false",
+        ),
+    ],
     "ProtoNet": ["--model", "models.ProtoNet", *BACKBONE],
     "Baseline": [
         *("--model", "models.Baseline", *BACKBONE, "--model.classes", "12"),
@@ -113,9 +138,55 @@ ALGORITHMS = {
         *("--model.backbone.downsample", "pool", "--model.backbone.halvings", "2"),
         *("--model.gan.hidden", "4", "--model.gan.latents", "6", "--model.gan.noise", "5"),
     ],
+    "TADAM": ["--model", "models.TADAM", *BACKBONE, "--model.classes", "12"],
+    "CNAPs": ["--model", "models.CNAPs", *BACKBONE, "--model.code", "6"],
+    "SimpleCNAPs": ["--model", "models.SimpleCNAPs", *BACKBONE, "--model.code", "6"],
+    "CAML": [
+        *("--model", "models.CAML", *BACKBONE, "--model.max_ways", "4", "--model.code_size", "8"),
+        *("--model.layers", "2", "--model.heads", "2", "--model.dense", "12"),
+    ],
     "SNAIL": [
         *("--model", "models.SNAIL", *BACKBONE, "--model.labels", "4", "--model.filters", "8"),
         *("--model.attention", "[[8, 4], [8, 4], [8, 4]]", "--data.max_train_shots", "3"),
+    ],
+    "Conditioned": [
+        *("--model", "models.Conditioned", "--model.learner", "models.MAML", *under("learner", MAML[2:])),
+        *("--model.embedding", "models.SetEncoder", *under("embedding", BACKBONE), "--model.embedding.size", "6"),
+        *("--model.conditioning", "models.Modulation"),
+    ],
+    "NeuralStatistician": [
+        *("--model", "models.NeuralStatistician", "--model.backbone", "models.ConvEncoder"),
+        *("--model.backbone.widths", "[6, 8]", "--model.backbone.convs", "1", "--model.backbone.image_size", "16"),
+        *("--model.context", "6", "--model.latents", "3", "--model.hidden", "8", "--model.layers", "2"),
+        *("--model.widths", "[6, 8]", "--model.convs", "2"),
+        # As published; the loss is a sum over pixels.
+        *("--trainer.gradient_clip_val", "0.5", "--trainer.gradient_clip_algorithm", "value"),
+    ],
+    "ProbabilisticTaskModel": [
+        *("--model", "models.ProbabilisticTaskModel", *BACKBONE, "--model.latents", "4", "--model.themes", "3"),
+        *("--model.widths", "[4, 6]", "--model.theme_rate", "0.01"),
+    ],
+    "BiGAN": [
+        *("--model", "models.BiGAN", *BACKBONE, "--model.codes", "4", "--model.noise", "2", "--model.hidden", "8"),
+        *("--model.widths", "[4, 6]"),
+    ],
+}
+SINUSOIDS = [
+    *("--data", "datamodules.Sinusoid", "--data.shots", "4", "--data.queries", "5", "--data.train_queries", "5"),
+    *("--data.meta_batch_size", "4"),
+]
+PROCESS = ["--model.hidden", "8", "--model.encoder_layers", "3"]
+# Learners of functions alone, each with its data.
+REGRESSORS = {
+    "CNP": ["--model", "models.CNP", *PROCESS, *SINUSOIDS],
+    "NP": ["--model", "models.NP", *PROCESS, "--model.latents", "6", "--model.eval_samples", "7", *SINUSOIDS],
+    "ANP": [
+        *("--model", "models.ANP", *PROCESS, "--model.latents", "6", "--model.eval_samples", "7"),
+        *("--model.heads", "2", *SINUSOIDS),
+    ],
+    "TNP": [
+        *("--model", "models.TNP", "--model.size", "8", "--model.depth", "2", "--model.heads", "2"),
+        *("--model.feedforward", "8", *SINUSOIDS),
     ],
 }
 BANDITS = ["--data", "datamodules.Bandits", "--data.arms", "3", "--data.episodes", "4", "--data.meta_batch_size", "8"]
@@ -143,8 +214,18 @@ AGENTS = {
         *("--data", "datamodules.PointRobot", "--data.horizon", "4", "--data.episodes", "3"),
         *("--data.train_tasks", "5", "--data.meta_batch_size", "4"),
     ],
+    "VariBAD": [
+        *("--model", "models.VariBAD", "--model.observations", "2", "--model.actions", "2"),
+        *("--model.discrete", "false", "--model.embedding", "5", "--model.minibatches", "2"),
+        *("--model.latents", "3", "--model.encoder_hidden", "6", "--model.embeddings", "[4, 3, 2]"),
+        *("--model.decoder_hidden", "[6, 5]", "--model.state_weight", "0.5", "--model.hidden", "[8, 7]"),
+        *("--model.vae_batch", "5", "--model.vae_updates", "2", "--model.buffer", "10"),
+        *("--model.elbo_terms", "7", "--model.decoded_steps", "6"),
+        *("--data", "datamodules.PointRobot", "--data.horizon", "4", "--data.episodes", "2"),
+        *("--data.meta_batch_size", "4"),
+    ],
 }
-LEARNERS = ALGORITHMS | AGENTS
+LEARNERS = ALGORITHMS | REGRESSORS | AGENTS
 # What has nothing to train.
 STRATEGIES = {
     "BanditStrategy": [
@@ -155,6 +236,7 @@ STRATEGIES = {
         *("--model.strategy", "psrl", "--data", "datamodules.TabularMDPs", "--data.states", "4", "--data.actions", "3"),
         *("--data.horizon", "3", "--data.episodes", "4"),
     ],
+    "GaussianProcess": ["--model", "models.GaussianProcess", "--data", "datamodules.GaussianProcesses"],
 }
 # For comparisons of runs that draw differently: flags that make what a learner draws at random vanish, and statistics
 # other than a first step's running ones, by which all classes may tie.
@@ -164,14 +246,20 @@ NOISELESS = {
         *("--model.hyperprior_weight", "0"),
     ],
     "LEO": ["--model.stochastic", "false", "--model.dropout", "0"],
+    "BiGAN": ["--model.stochastic", "false"],
+    "NeuralStatistician": ["--model.stochastic", "false"],
+    "ProbabilisticTaskModel": ["--model.stochastic", "false"],
     "LearnedOptimizer": ["--model.random_start", "false"],
     # What estimates a gradient by noise is compared by the gradient.
     "LearnedOptimizerPES": ["--model.random_start", "false", "--model.estimator", "gradient"],
     "RL2": ["--model.minibatches", "1"],
+    "VariBAD": ["--model.minibatches", "1"],
     # Along flat directions conjugate gradients make rounding errors grow.
     "MAMLPolicyTRPO": ["--model.damping", "0.1"],
     "MetaGAN": ["--model.gan.stochastic", "false"],
     "MetaGANRelation": ["--model.gan.stochastic", "false"],
+    "NP": ["--model.stochastic", "false"],
+    "ANP": ["--model.stochastic", "false"],
     "WeightGenerator": ["--model.stochastic", "false", "--model.batch_norm", "transductive"],
 }
 
@@ -179,7 +267,7 @@ NOISELESS = {
 def command(algorithm: str, runs: Path, *flags: str, steps: int = 12) -> list[str]:
     """Arguments of train.py: so many meta-updates on toy tasks, validated twice."""
     return [
-        *([] if algorithm in AGENTS else DATA),
+        *(DATA if algorithm in ALGORITHMS else []),
         *LEARNERS[algorithm],
         *SIZES,
         *TRAINER,
@@ -197,7 +285,8 @@ def evaluation(strategy: str, runs: Path, *flags: str) -> list[str]:
 
 def headline(algorithm: str) -> str:
     """The metric that a learner's checkpoints are chosen by."""
-    return KINDS["reinforcement" if algorithm in AGENTS else "classification"].headline
+    kinds = {"classification": ALGORITHMS, "regression": REGRESSORS, "reinforcement": AGENTS}
+    return next(KINDS[kind].headline for kind, learners in kinds.items() if algorithm in learners)
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

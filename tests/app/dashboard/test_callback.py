@@ -272,7 +272,7 @@ def test_intervals_along_the_steps_are_those_of_each_states_distribution(tmp_pat
         curve = probe.adaptation(3)
         assert curve is not None
         tested = learner.per_task(probe.predict(ready), ready.query_y)["mse"]
-    assert support_x.shape == (3, 10)
+    assert [x.shape for x in support_x] == [(10,)] * 3
     assert np.allclose(curve[:, -1], tested, rtol=1e-4)
 
 

@@ -233,6 +233,21 @@ def test_a_learner_without_latents_has_no_picture_of_them(tmp_path: Path):
     assert "latents" not in drawn and {"episodes", "trajectories"} <= set(drawn)
 
 
+def test_beliefs_are_those_of_the_test(tmp_path: Path):
+    """Catches beliefs of other tasks than those tested, and a figure of them of a learner that has none."""
+    probe, table = untrained(command("VariBAD", tmp_path))
+    deviations, errors, episodes, _ = made(probe, table, "beliefs", "beliefs")
+    assert episodes == 2
+    with torch.inference_mode():
+        trial = run_trial(probe.sample(range(12))[1], probe.learner.agent())  # pyright: ignore
+    assert torch.allclose(deviations, trial.extras.belief.log_deviation.exp().transpose(0, 1))
+    assert torch.allclose(errors.nanmean(1), table["reward_error"])
+    others, their = untrained(walks(tmp_path, "--wandb", "off"))
+    with torch.inference_mode():
+        pictures = dict(TrialFigures(seen(others, their, lambda what, action: action())).all())
+    assert "beliefs" not in pictures
+
+
 def test_a_trial_that_cannot_be_looked_at_costs_its_picture_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Catches returns, regret and the figure of all panels lost with the picture of the arms."""
     probe, table = untrained(command("RL2", tmp_path))

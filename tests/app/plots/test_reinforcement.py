@@ -301,3 +301,31 @@ def test_the_best_validation_is_that_of_the_highest_return():
     assert axes.get_ylim()[1] < 0
     assert axes.get_ylabel() == "return over the trial"
     drawn(figure)
+
+
+def test_beliefs_are_means_over_latents_and_tasks_by_step():
+    """Catches latents, steps and tasks mixed up, errors of steps that never happened in the mean, an interval of them,
+    and episodes parted in the wrong places."""
+    deviations = np.abs(draws(9, 12, 3)) + 0.1
+    errors = draws(9, 12) ** 2
+    errors[4, 3] = errors[5, 3] = np.nan
+    errors[:, 11] = np.nan  # all had ended
+    figure = rl.beliefs(deviations, errors, 3, "Beliefs")
+    axes, beside = figure.axes
+    of_latents, (mean, *dotted) = axes.lines[:3], axes.lines[3:]
+    for k, line in enumerate(of_latents):
+        assert np.allclose(line.get_ydata(), deviations[:, :, k].mean(0))
+    assert list(mean.get_xdata()) == list(range(12))
+    assert np.allclose(mean.get_ydata(), deviations.mean((0, 2)))
+    assert np.allclose(band(axes), interval(deviations.mean(2)))
+    assert [line.get_xdata()[0] for line in dotted] == [4, 8]
+    told = beside.lines[0].get_ydata()
+    assert np.allclose(told[:11], np.nanmean(errors[:, :11], 0)) and np.isnan(told[11])
+    low, high = interval(errors[[0, 1, 2, 3, 6, 7, 8], 3])
+    points = beside.collections[0].get_paths()[0].vertices
+    assert np.allclose(points[points[:, 0] == 3, 1].max(), high) and max(low, 0) >= 0
+    assert labels(axes) == ["each latent", "mean over latents and 9 tasks, 95 % interval"]
+    drawn(figure)
+    assert len(rl.beliefs(deviations, None, 12, "Bandits").axes[0].lines) == 4  # each pull is an episode
+    drawn(rl.beliefs(deviations[:1, :1], None, 1, "One step of one task"))
+    drawn(rl.beliefs(deviations[:1], errors[:1], 3, "One task"))

@@ -153,6 +153,37 @@ def test_training_passes_over_alphabets_that_are_too_small(tmp_path: Path) -> No
         data.distribution("test")
 
 
+def test_tasks_within_alphabets_know_theirs(tmp_path: Path) -> None:
+    """A task whose group is not its characters' alphabet, other tasks than without the option said where a protocol has
+    it already, and small alphabets that end a test of random characters."""
+    fake = fake_omniglot(tmp_path)
+    data = fake(root=str(tmp_path), protocol="maml", ways=4, queries=2, within_alphabets=True, rotations="none")
+    for split in SPLITS:
+        tasks = data.distribution(split)
+        fact, names = tasks.task_groups
+        drawn = tasks.sample(range(30))
+        assert drawn.task_groups == (fact, names) and min(tasks.classes.groups.count(name) for name in names) >= 4
+        for ids, group in zip(drawn.task["classes"], drawn.groups, strict=True):
+            assert {tasks.group_names[k] for k in ids.tolist()} == {names[int(group)]}
+    plain = fake(root=str(tmp_path), protocol="alphabets", ways=4, queries=2)
+    asked = fake(root=str(tmp_path), protocol="alphabets", ways=4, queries=2, within_alphabets=True)
+    some, same = (d.distribution("val").sample(range(10)).task for d in (plain, asked))
+    assert some.keys() == same.keys() == {"classes", "group"}
+    assert all(torch.equal(some[name], same[name]) for name in some)
+    across = fake(root=str(tmp_path), protocol="alphabets", ways=4, queries=2, within_alphabets=False)
+    assert across.distribution("test").sample([0]).groups is None
+
+
+def test_twelve_hundred_characters_train_where_none_are_held_out(tmp_path: Path) -> None:
+    """1,200 characters and 423, as splits without validation have them, that are not the protocol's own."""
+    names = Omniglot(protocol="maml").split_names()
+    data = fake_omniglot(tmp_path)(root=str(tmp_path), protocol="maml", train_on_val=True)
+    own = data.split_names()
+    assert len(names["train"] + names["val"]) == 1200 and len(names["test"]) == 423
+    assert sorted(data.classes("train").names) == sorted(own["train"] + own["val"])
+    assert data.classes("test").names == own["test"] and not data.selects
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 import app  # noqa: F401  before anything imports pytorch_lightning
 from datamodules.regression.functions import (
     FAMILIES,
+    FiveFamily,
     FourFamily,
     HarderSinusoid,
     Linear,
@@ -94,6 +95,22 @@ def test_points_are_uniform_and_the_support_is_not_the_query():
         assert ks_uniform(episodes.support_x[:, place], -5.0, 5.0) < KS_LIMIT
         assert ks_uniform(episodes.query_x[:, place], -5.0, 5.0) < KS_LIMIT
     assert not (episodes.support_x[:, :, None, 0] == episodes.query_x[:, None, :, 0]).any()
+
+
+def test_queries_of_evaluation_lie_on_a_grid_where_asked_for():
+    """Would catch a grid in meta-training, one without its ends, targets of the points that were drawn instead, and
+    support sets that change with it."""
+    settings = {"shots": 6, "queries": 101, "train_queries": 9, "x_range": (-5.0, 5.0)}
+    plain, grid = Sinusoid(**settings), Sinusoid(**settings, grid=True)
+    for split in ("val", "test"):
+        drawn, even = (data.distribution(split).sample([4, 7]) for data in (plain, grid))
+        torch.testing.assert_close(even.query_x, torch.arange(-50, 51).view(-1, 1).expand(2, -1, 1) / 10)
+        a, phase = (even.task[n].double().numpy()[:, None, None] for n in ("amplitude", "phase"))
+        np.testing.assert_allclose(even.query_y, a * np.sin(even.query_x.double().numpy() - phase), atol=1e-5)
+        assert torch.equal(even.support_x, drawn.support_x) and torch.equal(even.support_y, drawn.support_y)
+        assert (even.fingerprint() != drawn.fingerprint()).all()
+    both_ways = (data.distribution("train").sample([4, 7]) for data in (plain, grid))
+    assert torch.equal(*(episodes.query_x for episodes in both_ways))
 
 
 def test_noise_of_the_harder_sinusoid_is_a_hundredth_of_the_amplitude():
@@ -246,3 +263,33 @@ def test_configuration_reaches_every_setting():
     assert isinstance(data, HarderSinusoid)
     assert (data.train_tasks, data.shots, data.x_range, data.seed, data.meta_batch_size) == (100, 5, (-1, 1), 3, 10)
     assert data.family.phase == (0, 1)
+
+
+def test_five_families_follow_their_law():
+    """Catches a kind with another's formula, a range that is off, a quadratic of one sign and noise on support alone:
+    every task by the formula of its kind, written out."""
+    data = FiveFamily(shots=10, queries=40, test_tasks=10)
+    tasks = data.distribution("test")
+    batch = tasks.sample(range(4000))
+    kind, a, c, b = (batch.task[name].double() for name in ("family", "scale", "centre", "offset"))
+    formulas = {
+        0: lambda x, a, c, b: a * torch.sin(x - c),
+        1: lambda x, a, c, b: a * x + b,
+        2: lambda x, a, c, b: a * (x - c) ** 2 + b,
+        3: lambda x, a, c, b: a * (2 / (1 + torch.exp(-2 * (x - c))) - 1) + b,
+        4: lambda x, a, c, b: a * torch.maximum(x - c, c - x) + b,
+    }
+    x, y = batch.query_x.double(), batch.query_y.double()
+    for number, formula in formulas.items():
+        of = kind == number
+        assert 0.17 < of.double().mean() < 0.23
+        noise = y[of] - formula(x[of], *(v[of][:, None, None] for v in (a, c, b)))
+        assert abs(noise.mean()) < 0.01 and noise.std() == pytest.approx(0.3, rel=0.02)
+    support_noise = batch.support_y - tasks.function(batch.task, batch.support_x)
+    assert support_noise.std().item() == pytest.approx(0.3, rel=0.02)
+    for number, (low, high) in {0: (0.1, 5), 1: (-3, 3), 2: (0.02, 0.15), 3: (-3, 3), 4: (-3, 3)}.items():
+        found = a[kind == number].abs() if number == 2 else a[kind == number]
+        assert low <= found.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < found.max() <= high
+    quadratic = a[kind == 2]
+    assert 0.4 < (quadratic > 0).double().mean() < 0.6
+    assert c[kind == 0].min() >= 0 and c[kind == 0].max() <= math.pi and not b[kind == 0].any()

@@ -170,3 +170,19 @@ def test_impossible_settings_are_refused(settings):
     """Catches settings that would fail, or train nothing, only much later."""
     with pytest.raises(ValueError, match=next(iter(settings))):
         MAML(**{"backbone": Conv4(hidden=2), **settings})
+
+
+def test_inner_gradients_are_limited_entry_by_entry():
+    """Catches a limit of the norm, of the step instead of the gradient, and of one side alone."""
+    torch.manual_seed(0)
+    learner = MAML(MLP(1, ()), outputs=1, inner_rate=0.5, inner_steps=1, inner_clip=2.0).double()
+    x = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+    y = torch.tensor([[40.0], [-7.0]], dtype=torch.float64)
+    weight, bias = (
+        p.detach().clone().requires_grad_() for p in (learner.learner.head.weight, learner.learner.head.bias)
+    )
+    F.mse_loss(x @ weight.T + bias, y).backward()
+    assert weight.grad.abs() > 2 and bias.grad.abs() > 2
+    adapted = learner.adapt(Support(x, y, 0)).parameters
+    torch.testing.assert_close(adapted["head.weight"], weight - 0.5 * weight.grad.clamp(-2, 2))
+    torch.testing.assert_close(adapted["head.bias"], bias - 0.5 * bias.grad.clamp(-2, 2))
