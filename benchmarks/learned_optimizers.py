@@ -127,7 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="of a learned optimizer")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 100, 200], help="what losses are shown after")
     parser.add_argument("--tasks", type=int, default=1000, help="meta-test tasks")
-    parser.add_argument("--train_tasks", type=int, default=500, help="meta-training tasks that rates are chosen by")
+    parser.add_argument("--train_tasks", type=int, default=5000, help="meta-training tasks that rates are chosen by")
     parser.add_argument("--longest", type=int, default=1000, help="steps that Adam is given to be as low")
     parser.add_argument("--out", help="also write the metrics to this JSON file")
     return parser.parse_args()
