@@ -346,7 +346,7 @@ def show(content: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{len(content['classes'])} classes, {sum(content['classes'].values())} pictures")
     table.title_justify = "left"
     table.add_column("learner", overflow="fold")
-    for column in ("expected accuracy", "95 % interval", "best with", "measured"):
+    for column in ("expected accuracy", "95 % interval", "chance of best", "measured"):
         table.add_column(column, justify="right")
     for row in content["learners"]:
         table.add_row(
