@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args, console = arguments(), Console()
+    if not console.is_terminal:
+        console.width = 130
     learner = models.load(args.checkpoint)
     if not isinstance(learner, LearnedOptimizer):
         raise SystemExit(f"error: {args.checkpoint} is of {type(learner).__name__}: give one of a LearnedOptimizer")
@@ -154,8 +157,10 @@ def main() -> None:
             for step in steps:
                 mean, half = interval(losses[:, step])
                 adam_rate = rates["Adam"][args.steps.index(step)]
-                needs = first_below(slow[adam_rate], mean)
-                rows.append([name, note, step, mean, half, None if needs is None else needs / step])
+                # What diverged on a single task has no mean, and is as slow as can be.
+                needs = first_below(slow[adam_rate], mean) if math.isfinite(mean) else 0
+                speed = None if needs is None else needs / step
+                rows.append([name, note, step, mean, half, losses[:, step].nan_to_num(math.inf).median().item(), speed])
 
         for name, rule in (("SGD", descent), ("Adam", adam)):
             for step, rate in zip(args.steps, rates[name], strict=True):
@@ -164,15 +169,16 @@ def main() -> None:
         if isinstance(data, Quadratics):
             row("2 / (L + μ)", of_quadratics(learner, chebyshev=False), args.steps, "knows L and μ")
             row("Chebyshev", of_quadratics(learner, chebyshev=True), args.steps, "knows L and μ")
-    table = Table(title=f"Query loss on {args.tasks:,} meta-test tasks: mean ± 95 % interval", title_justify="left")
-    for column in ("optimizer", "", "steps", "loss", "speed-up over Adam"):
+    title = f"Query loss on {args.tasks:,} meta-test tasks: mean ± 95 % interval, median; speed-up over Adam"
+    table = Table(title=title, title_justify="left")
+    for column in ("optimizer", "", "steps", "mean", "median", "speed-up"):
         table.add_column(column, justify="left" if column in ("optimizer", "") else "right")
-    for name, note, step, mean, half, speed in rows:
+    for name, note, step, mean, half, median, speed in rows:
         shown = f"> {args.longest / step:.1f}" if speed is None else f"{speed:.2f}"
-        table.add_row(name, note, str(step), f"{mean:.4g} ± {half:.2g}", shown)
+        table.add_row(name, note, str(step), f"{mean:.4g} ± {half:.2g}", f"{median:.4g}", shown)
     console.print(table)
     if args.out:
-        names = ("optimizer", "note", "steps", "loss", "ci95", "speed_up_over_adam")
+        names = ("optimizer", "note", "steps", "loss", "ci95", "median", "speed_up_over_adam")
         content = {"settings": vars(args), "rows": [dict(zip(names, r, strict=True)) for r in rows]}
         Path(args.out).write_text(json.dumps(content, indent=1) + "\n")
 
