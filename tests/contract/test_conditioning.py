@@ -74,6 +74,12 @@ def sensible(kind: str, learner: str, embedding: str, conditioning: str) -> bool
 
 KINDS = ("classification", "regression")
 EVERY = [c for c in itertools.product(KINDS, LEARNERS, EMBEDDINGS, CONDITIONINGS) if sensible(*c)]
+# An update rule that reads the embedding is ALFA's alone.
+LEARNERS["ALFA"] = lambda kind: models.ALFA(
+    backbone(kind), 3 if kind == "classification" else 1, 0.1, inner_steps=2, code_size=SIZE
+)
+CONDITIONINGS["UpdateRule"] = models.UpdateRule
+EVERY += [(kind, "ALFA", e, "UpdateRule") for kind in KINDS for e in ("SetEncoder", "ConstantEmbedding", "TaskLabel")]
 
 
 def made(kind: str, learner: str, embedding: str, conditioning: str) -> models.Conditioned:
@@ -89,7 +95,7 @@ def test_every_embedding_and_conditioning_is_here():
     """Catches one that no combination is tested of."""
     exported = [getattr(models, name) for name in models.__all__]
     kinds = [c for c in exported if isinstance(c, type) and issubclass(c, (TaskEmbedding, Conditioning))]
-    elsewhere = {models.TrainedEmbedding, models.UpdateRule}
+    elsewhere = {models.TrainedEmbedding}
     there = {f("regression").__class__ for f in EMBEDDINGS.values()} | {f().__class__ for f in CONDITIONINGS.values()}
     assert set(kinds) - elsewhere == there
 
@@ -108,7 +114,8 @@ def test_meta_gradient_through_embedding_and_conditioning(kind, learner, embeddi
     trained = [(n, p) for n, p in found.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-12]
     parts = {n.split(".")[0] for n, _ in trained}
     own = {"ConstantEmbedding", "SetEncoder", "RecurrentEncoder"}
-    assert parts == {"learner", "conditioning"} | ({"embedding"} if embedding in own else set())
+    generated = {"conditioning"} if any(True for _ in found.conditioning.parameters()) else set()
+    assert parts == {"learner"} | generated | ({"embedding"} if embedding in own else set())
     largest = {
         part: max((p for p in trained if p[0].startswith(part)), key=lambda p: p[1].grad.norm()) for part in parts
     }
