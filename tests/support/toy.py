@@ -94,7 +94,6 @@ ALGORITHMS = {
         *("--model", "models.LearnedOptimizer", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "4"),
         *("--model.window", "2", "--model.eval_inner_steps", "6", "--model.scale", "0.01"),
         *("--model.estimator", "pes"),
-        *("--model.window", "2", "--model.eval_inner_steps", "6", "--model.estimator", "pes"),
     ],
     "CAVIA": [
         *("--model", "models.CAVIA", *BACKBONE, "--model.backbone.downsample", "pool", "--model.outputs", "3"),
