@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import grad
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
@@ -94,6 +95,8 @@ class BiGAN(EmbeddingLearner):
         hidden: width of dense layers.
         widths: channels of the discriminator's convolutions, and of the generator's, the last one first; images alone.
         dense: widths of the generator's hidden layers; vectors alone.
+        penalty: γ, of half the squared gradient of D's logit by a real pair, in D's loss (R1; Mescheder et al., ICML
+            2018), without which D wins before the others have learned; 0 leaves it out.
         stochastic: draw codes and noise anew at every training step; False draws the same ones at every step.
         **others: see EmbeddingLearner.
     """
@@ -119,10 +122,12 @@ class BiGAN(EmbeddingLearner):
         hidden: int = 256,
         widths: Sequence[int] = (32, 64),
         dense: Sequence[int] = (64, 64),
+        penalty: float = 1.0,
         stochastic: bool = True,
         **others: Any,
     ) -> None:
         super().__init__(backbone, **others)
+        at_least(0, penalty=penalty)
         at_least(1, codes=codes, noise=noise, hidden=hidden, **{f"widths[{i}]": w for i, w in enumerate(widths)})
         shape = backbone.input_shape
         self.encoder = DenseGenerator(backbone.out_features, [hidden], 2 * codes)
@@ -131,7 +136,7 @@ class BiGAN(EmbeddingLearner):
         else:
             self.generator = DenseGenerator(codes + noise, dense, shape[0])
         self.discriminator = PairDiscriminator(shape, widths, hidden, codes)
-        self.codes, self.noise, self.stochastic = codes, noise, stochastic
+        self.codes, self.noise, self.penalty, self.stochastic = codes, noise, penalty, stochastic
 
     @property
     def embedding_size(self) -> int:
@@ -157,6 +162,15 @@ class BiGAN(EmbeddingLearner):
         noise = standard_normal(codes.new_zeros(len(codes), self.noise), rng)
         return self.generator(torch.cat([codes, noise], -1))
 
+    def steepness(self, real: Support, code: Tensor) -> Tensor:
+        """Half the squared gradient of D's logit by a real pair, a mean over sets."""
+
+        def logits(x: Tensor, code: Tensor) -> Tensor:
+            return self.discriminator(Support(x, real.y, real.ways), code).sum()
+
+        of_x, of_code = grad(logits, (0, 1))(real.x, code)
+        return (of_x.square().sum() + of_code.square().sum()) / (2 * real.ways)
+
     def objective(self, task: Task) -> tuple[Any, ...]:
         support, shots = task.support, len(task.support.y)
         y = torch.cat([support.y, task.query_y])
@@ -179,12 +193,13 @@ class BiGAN(EmbeddingLearner):
 
         of_d = discriminator_loss(code.detach(), made.detach())
         of_g = of_inputs_alone(generator_loss, code, made)
+        penalty = self.penalty * self.steepness(real, code.detach()) if self.penalty else 0.0
         with torch.no_grad(), recording(None), normalize_by(self.statistics_source):
             prediction = self.compare(self.summarize(z[:shots], support), z[shots:])
             again = self.summarize(self.embed(made), Support(made, y, real.ways))
             cycle_error = (again.mean - drawn).square().mean()
         metrics = {"discriminator_loss": of_d.detach(), "generator_loss": of_g.detach(), "cycle_error": cycle_error}
-        return of_d + of_g, prediction, {"metrics": metrics}
+        return of_d + of_g + penalty, prediction, {"metrics": metrics}
 
     def generated_images(self, support: Support, count: int) -> Tensor | None:
         """Of the classes in turn: G of the mean of q(c | D_k), with noise that is the same at every call."""
