@@ -188,9 +188,10 @@ def compare(options: argparse.Namespace, keys: Sequence[str], words: Sequence[st
     alone = argparse.Namespace(**vars(options) | {"out": None})
     clis = []
     for path in options.ckpt_path:
-        clis.append(EvaluationCLI(open_checkpoint(Path(path)), alone, keys, words))
+        trained = open_checkpoint(Path(path))
+        clis.append(EvaluationCLI(trained, alone, keys, words))
         controls = clis[-1].model.controls if options.controls else ()
-        clis += [EvaluationCLI(open_checkpoint(Path(path)), alone, keys, words, control) for control in controls]
+        clis += [EvaluationCLI(trained, alone, keys, words, control) for control in controls]
     if options.controls and len(clis) == len(options.ckpt_path):
         raise ConfigError(
             f"{type(clis[0].model).__name__} does not depend on a task embedding that could be exchanged: leave out "

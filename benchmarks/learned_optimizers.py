@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import models
 from app.cli.from_checkpoint import find_class, open_checkpoint
+from benchmarks.console import wide_console
 from datamodules import Quadratics
 from datamodules.core.episodes import Episodes, Task
 from models import LearnedOptimizer
@@ -135,9 +135,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, console = arguments(), Console()
-    if not console.is_terminal:
-        console.width = 130
+    args, console = arguments(), wide_console()
     learner = models.load(args.checkpoint)
     if not isinstance(learner, LearnedOptimizer):
         raise SystemExit(f"error: {args.checkpoint} is of {type(learner).__name__}: give one of a LearnedOptimizer")

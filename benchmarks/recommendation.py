@@ -28,6 +28,7 @@ from app.cli.builder import main as train
 from app.compare import labels
 from app.runs.accuracy_matrix import Matrix
 from app.runs.directory import EVALUATIONS, RESULTS
+from benchmarks.console import wide_console
 from datamodules.core.files import write_atomically
 from models.core.checkpoint_io import CHECKPOINTS
 
@@ -182,9 +183,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, console = arguments(), Console()
-    if not console.is_terminal:
-        console.width = 130
+    args, console = arguments(), wide_console()
     torch.set_num_threads(args.threads)
     folders = make(args, console)
     matrix = Matrix.load(folders, labels(folders))

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.console import wide_console
 from datamodules import Bandits, TabularMDPs
 from datamodules.reinforcement.environments import EnvironmentDataModule
 from models import BanditStrategy, MDPStrategy, ReinforcementLearner
@@ -196,9 +197,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, console = arguments(), Console()
-    if not console.is_terminal:
-        console.width = 130
+    args, console = arguments(), wide_console()
     torch.set_num_threads(args.threads)
     work: list[tuple[EnvironmentDataModule, Row]] = []
     for cell in filter(None, args.cells.split(",")):

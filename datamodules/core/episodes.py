@@ -29,20 +29,14 @@ class Support:
         y: labels in [0, ways), (S,), int64; or targets, (S, out), for regression.
         ways: number of classes, static; 0 for regression.
         unlabelled: further inputs of the same classes without labels, (U, *input), for learners that use them.
-        group: number of the kind of task that this is (see TaskDistribution.task_groups), a scalar int64, where data
-            know it: what only an oracle may look at.
-        classes: ids (ways,) of its classes among all of the split, where data know them: for losses over all of the
-            meta-training classes; no prediction may look at them.
-        facts: what data know of this task, see ``Episodes.task``; given to learners that declare ``reads_facts``, which
-            only an oracle does.
+        facts: what data know of this task, see ``Episodes.facts``; given to learners that declare ``reads_facts``: an
+            oracle, and one with a loss over all meta-training classes. No prediction but an oracle's may look at them.
     """
 
     x: Tensor
     y: Tensor
     ways: int
     unlabelled: Tensor | None = None
-    group: Tensor | None = None
-    classes: Tensor | None = None
     facts: Mapping[str, Tensor] | None = None
 
     def members(self) -> Tensor:
@@ -151,10 +145,8 @@ class Episodes(MetaBatch):
 
     def __getitem__(self, i: int) -> Task:
         unlabelled = None if self.unlabelled_x is None else self.unlabelled_x[i]
-        group = None if self.groups is None else self.groups[i]
-        classes = None if self.class_ids is None else self.class_ids[i]
-        facts = {name: values[i] for name, values in self.task.items()}
-        support = Support(self.support_x[i], self.support_y[i], self.ways, unlabelled, group, classes, facts)
+        facts = {name: values[i] for name, values in self.facts.items()}
+        support = Support(self.support_x[i], self.support_y[i], self.ways, unlabelled, facts)
         return Task(support, self.query_x[i], self.query_y[i])
 
     @property
@@ -163,9 +155,9 @@ class Episodes(MetaBatch):
         return None if self.task_groups is None else self.task[self.task_groups[0]]
 
     @property
-    def class_ids(self) -> Tensor | None:
-        """Each task's classes among all of the split, (T, ways) int64; None where the data do not know them."""
-        return self.task.get("classes")
+    def facts(self) -> dict[str, Tensor]:
+        """``task``, and as "group" the number of each task's group where there are groups."""
+        return self.task if self.groups is None else {**self.task, "group": self.groups}
 
 
 class TaskDistribution:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
-from models.conditioning.modulated import ModulatedLearner, activated_points
+from models.conditioning.modulated import ModulatedLearner
 from models.core.base_learner import Parameters
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNorm, normalize_by
+from models.networks.modulation import activated
 
 
 class ImageSetEncoder(nn.Module):
@@ -142,7 +143,7 @@ class AdaptiveLearner(ModulatedLearner):
         super().__init__(backbone, **others)
         self.conditioned, self.code, self.penalty = conditioned, code, penalty
         if conditioned:
-            self.adaptation_network = SetAdaptation(backbone.input_shape, activated_points(backbone), code)
+            self.adaptation_network = SetAdaptation(backbone.input_shape, activated(backbone), code)
 
     def modulation(self, x: Tensor, support: Support) -> Parameters:
         return self.adaptation_network(support.x)

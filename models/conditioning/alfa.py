@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from datamodules.core.episodes import Support
 from datamodules.core.errors import at_least
-from models.core.base_learner import BaseLearner, Parameters
+from models.core.base_learner import BaseLearner, Parameters, entry
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import Adapted, adapted, call, inner_gradient, inner_path, split_parameters
 from models.core.learner import Paper
@@ -77,7 +77,7 @@ class ALFA(GradientLearner):
         self.rates = nn.Parameter(torch.full((steps, tensors), inner_rate))
         self.decays = nn.Parameter(torch.full((steps, tensors), 1.0 if random_init else decay))
         self.own_decays = nn.ParameterDict(
-            {n.replace(".", "_"): nn.Parameter(torch.full_like(p, decay)) for n, p in start.items() if random_init}
+            {entry(n): nn.Parameter(torch.full_like(p, decay)) for n, p in start.items() if random_init}
         )
         self.generator = nn.Sequential(
             nn.Linear(2 * tensors + code_size, 2 * tensors), nn.ReLU(), nn.Linear(2 * tensors, 2 * tensors)
@@ -96,7 +96,7 @@ class ALFA(GradientLearner):
         return means(inner_gradient(loss, start, 0))
 
     def class_rows(self) -> Parameters:
-        own = {name.replace(".", "_") for name in self.learner.head_parameters()}
+        own = {entry(name) for name in self.learner.head_parameters()}
         return super().class_rows() | {f"own_decays.{n}": p for n, p in self.own_decays.items() if n in own}
 
     def problem(self, support: Support) -> tuple[Parameters, Any]:
@@ -112,7 +112,7 @@ class ALFA(GradientLearner):
 
     def adaptation(self, support: Support) -> Iterator[Adapted]:
         start, loss = self.problem(support)
-        by_name = {name: self.own_decays[name.replace(".", "_")] for name in start if self.own_decays}
+        by_name = {name: self.own_decays[entry(name)] for name in start if self.own_decays}
         own_decays = self.learner.resize_head(by_name, support.ways)
 
         def update(step: int, parameters: Parameters, gradient: Parameters, *_: Any) -> tuple[Parameters, None]:

@@ -81,7 +81,7 @@ class Conditioned(MetaLearner):
         embedding.attach(learner)
         conditioning.attach(learner, embedding.embedding_size)
         self.learner, self.embedding, self.conditioning = learner, embedding, conditioning
-        self.tasks = learner.tasks
+        self.tasks, self.reads_facts = learner.tasks, learner.reads_facts or embedding.reads_facts
         self.selects_by = learner.selects_by
         for stage in self.metrics.values():
             stage.declared.update(learner.declared_metrics())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.core.errors import ConfigError, at_least
-from models.core.base_learner import Parameters
+from models.core.base_learner import Parameters, entry
 from models.core.conditioning import Conditioning, initialisation
-
-
-def key(name: str) -> str:
-    """A parameter's name as torch allows it for an entry of a ParameterDict."""
-    return name.replace(".", "_")
 
 
 class Attenuation(Conditioning):
@@ -56,20 +51,20 @@ class LowRank(Conditioning):
         left, right, code = {}, {}, {}
         for name, p in start.items():
             if p.dim() == 1:
-                code[key(name)] = nn.Parameter(torch.zeros(len(p), embedding_size))
+                code[entry(name)] = nn.Parameter(torch.zeros(len(p), embedding_size))
                 continue
             inputs = p[0].numel()
-            left[key(name)] = nn.Parameter(torch.zeros(len(p), self.rank))
-            right[key(name)] = nn.Parameter(torch.randn(self.rank, inputs) * inputs**-0.5)
-            code[key(name)] = nn.Parameter(torch.randn(self.rank, embedding_size) * embedding_size**-0.5)
+            left[entry(name)] = nn.Parameter(torch.zeros(len(p), self.rank))
+            right[entry(name)] = nn.Parameter(torch.randn(self.rank, inputs) * inputs**-0.5)
+            code[entry(name)] = nn.Parameter(torch.randn(self.rank, embedding_size) * embedding_size**-0.5)
         self.left, self.right, self.code = (nn.ParameterDict(d) for d in (left, right, code))
 
     def forward(self, embedding: Tensor, parameters: Parameters) -> Parameters:
         values = {}
         for name in self.names:
-            change = self.code[key(name)] @ embedding
-            if key(name) in self.left:
-                change = (self.left[key(name)] * change) @ self.right[key(name)]
+            change = self.code[entry(name)] @ embedding
+            if entry(name) in self.left:
+                change = (self.left[entry(name)] * change) @ self.right[entry(name)]
             values[name] = parameters[name] + change.view_as(parameters[name])
         return values
 
@@ -96,7 +91,7 @@ class EmbeddingRows(Conditioning):
             )
         chosen = {"first": slice(0, 1), "last": slice(-1, None), "all": slice(None)}[self.layers]
         self.names = list(weights)[chosen]
-        self.scales = nn.ParameterDict({key(n): nn.Parameter(torch.zeros(len(weights[n]))) for n in self.names})
+        self.scales = nn.ParameterDict({entry(n): nn.Parameter(torch.zeros(len(weights[n]))) for n in self.names})
 
     def forward(self, embedding: Tensor, parameters: Parameters) -> Parameters:
         values = {}
@@ -104,7 +99,7 @@ class EmbeddingRows(Conditioning):
             weight = parameters[name]
             length = weight[0].numel()
             row = embedding.repeat(-(-length // len(embedding)))[:length]
-            values[name] = weight + torch.outer(self.scales[key(name)], row).view_as(weight)
+            values[name] = weight + torch.outer(self.scales[entry(name)], row).view_as(weight)
         return values
 
 
@@ -130,7 +125,7 @@ class Experts(Conditioning):
         self.names = list(start)
         if self.attention == "label" and embedding_size != self.count:
             raise ConfigError(f"count is {self.count} but the embedding has {embedding_size} weights: give as many")
-        others = {key(n): torch.stack([self._other(p) for _ in range(self.count - 1)]) for n, p in start.items()}
+        others = {entry(n): torch.stack([self._other(p) for _ in range(self.count - 1)]) for n, p in start.items()}
         self.others = nn.ParameterDict({n: nn.Parameter(p) for n, p in others.items()})
         self.scores = nn.Linear(embedding_size, self.count) if self.attention == "softmax" else None
 
@@ -146,5 +141,5 @@ class Experts(Conditioning):
     def forward(self, embedding: Tensor, parameters: Parameters) -> Parameters:
         first, others = self.weights(embedding).split([1, self.count - 1])
         return {
-            n: first.squeeze() * parameters[n] + torch.tensordot(others, self.others[key(n)], 1) for n in self.names
+            n: first.squeeze() * parameters[n] + torch.tensordot(others, self.others[entry(n)], 1) for n in self.names
         }

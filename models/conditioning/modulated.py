@@ -10,25 +10,7 @@ from torch.func import functional_call
 from datamodules.core.episodes import Episodes, Support
 from models.core.base_learner import Parameters
 from models.core.embedding_learner import Embedded, EmbeddingLearner
-from models.networks.backbones import Backbone
 from models.networks.batch_norm import BatchNorm, normalize_by, statistics_of
-from models.networks.modulation import modulation_points
-
-
-def activated_points(backbone: Backbone) -> dict[str, int]:
-    """The channels of the places where a network can be modulated, by name, from the input on; now they take part.
-
-    Raises:
-        ValueError: there are none.
-    """
-    points = modulation_points(backbone)
-    if not points:
-        raise ValueError(
-            f"{type(backbone).__name__} has no place where a task can modulate it: choose Conv4, ResNet or MLP"
-        )
-    for film in points.values():
-        film.activate()
-    return {name: film.channels for name, film in points.items()}
 
 
 class Modulated(NamedTuple):

@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from datamodules.core.errors import ConfigError
 from models.core.base_learner import Parameters
 from models.core.conditioning import Conditioning
-from models.networks.modulation import modulation_points
+from models.networks.modulation import activated
 
 
 class Modulation(Conditioning):
@@ -29,15 +28,8 @@ class Modulation(Conditioning):
         self.form = form
 
     def attach(self, learner: nn.Module, embedding_size: int) -> None:
-        points = modulation_points(learner)
-        if not points:
-            raise ConfigError(
-                f"{type(learner).__name__}'s backbone has no layers that could be modulated: choose models.Conv4, "
-                "models.ResNet or models.MLP, or another conditioning"
-            )
-        self.names, self.sizes = list(points), [point.channels for point in points.values()]
-        for point in points.values():
-            point.activate()
+        points = activated(learner)
+        self.names, self.sizes = list(points), list(points.values())
         self.generator = nn.Linear(embedding_size, sum(self.sizes) * (2 if self.form == "film" else 1))
         nn.init.normal_(self.generator.weight, std=0.01)
         nn.init.zeros_(self.generator.bias)

@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
 from datamodules.core.metric import Metric
-from models.conditioning.modulated import ModulatedLearner, activated_points
+from models.conditioning.modulated import ModulatedLearner
 from models.core.base_learner import Parameters
 from models.core.inner_loop import call, class_means
 from models.core.learner import Paper
 from models.core.training_classes import expect_classes
 from models.networks.backbones import Backbone
 from models.networks.batch_norm import normalize_by
+from models.networks.modulation import activated
 
 
 class ResidualNetwork(nn.Module):
@@ -98,6 +99,7 @@ class TADAM(ModulatedLearner):
         "https://arxiv.org/abs/1805.10123",
     )
     own_metrics = {"auxiliary_loss": Metric("lower")}
+    reads_facts = True
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class TADAM(ModulatedLearner):
         self.co_training_steps, self.co_training_rate = co_training_steps, co_training_rate
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         if conditioned:
-            self.ten = TaskEmbeddingNetwork(backbone.out_features, activated_points(backbone), layers)
+            self.ten = TaskEmbeddingNetwork(backbone.out_features, activated(backbone), layers)
         if classes is not None:
             self.classifier = nn.Linear(backbone.out_features, classes)
 
@@ -166,7 +168,7 @@ class TADAM(ModulatedLearner):
 
     def auxiliary_loss(self, task: Task) -> Tensor:
         """Of telling the task's images apart among all meta-training classes, by features without modulation."""
-        support, ids = task.support, task.support.classes
+        support, ids = task.support, (task.support.facts or {}).get("classes")
         if ids is None or not self.co_trains(self.meta_updates):
             # A gradient of 0: processes that train together wait for one of every parameter.
             return 0.0 * torch.stack([p.sum() for p in self.classifier.parameters()]).sum()

@@ -43,6 +43,11 @@ class BaseLearner(nn.Module):
         return {n: fit_outputs(p, ways) if self.in_head(n) else p for n, p in parameters.items()}
 
 
+def entry(name: str) -> str:
+    """A parameter's name as torch allows it for what is kept beside the parameter: an entry of a ParameterDict."""
+    return name.replace(".", "_")
+
+
 def fit_outputs(weight: Tensor, outputs: int) -> Tensor:
     """A linear head's rows (or bias) for another number of classes.
 

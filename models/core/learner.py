@@ -63,8 +63,8 @@ class MetaLearner(pl.LightningModule):
     """What it measures of a task beside the metrics of its kind, by name."""
     selects_by: ClassVar[str | None] = None
     """The metric of meta-validation that its best checkpoint has unless told otherwise; None: its kind's headline."""
-    reads_facts: ClassVar[bool] = False
-    """Whether its support sets hold what data know of a task (``Support.facts``), which only an oracle may look at."""
+    reads_facts: bool = False
+    """Whether its support sets hold what data know of a task (``Support.facts``)."""
 
     def __init__(
         self,
@@ -233,20 +233,19 @@ class MetaLearner(pl.LightningModule):
         Beside the task it gets its row of each of ``further``, (T, …).
         """
         e = episodes
-        given = (("unlabelled", e.unlabelled_x), ("group", e.groups), ("classes", e.class_ids))
-        optional = {name: t for name, t in given if t is not None}
-        told = e.task if self.reads_facts else {}
+        unlabelled = () if e.unlabelled_x is None else (e.unlabelled_x,)
+        told = e.facts if self.reads_facts else {}
 
         def one(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, *rows: Tensor) -> Any:
-            known = dict(zip(optional, rows, strict=False))
-            rows = rows[len(optional) :]
+            images = rows[0] if unlabelled else None
+            rows = rows[len(unlabelled) :]
             facts = dict(zip(told, rows, strict=False)) if self.reads_facts else None
-            task = Task(Support(support_x, support_y, e.ways, **known, facts=facts), query_x, query_y)
+            task = Task(Support(support_x, support_y, e.ways, images, facts), query_x, query_y)
             return function(task, *rows[len(told) :])
 
         # In evaluation what a task draws must not depend on which tasks it is mapped with.
         randomness = "different" if self.training else "same"
-        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *optional.values(), *told.values(), *further)
+        tensors = (e.support_x, e.support_y, e.query_x, e.query_y, *unlabelled, *told.values(), *further)
         return map_tasks(one, *tensors, chunk=self.chunk, randomness=randomness)
 
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:

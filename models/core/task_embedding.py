@@ -15,6 +15,8 @@ class TaskEmbedding(nn.Module):
     """
 
     embedding_size: int
+    reads_facts: bool = False
+    """Whether it looks at what data know of a task (``Support.facts``), as an oracle does."""
 
     def attach(self, learner: nn.Module) -> None:
         """See the learner whose tasks are embedded, before training; most embeddings do not depend on it.

@@ -36,6 +36,22 @@ class FiLM(nn.Module):
         return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
 
 
+def activated(module: nn.Module) -> dict[str, int]:
+    """The channels of all places where a network can be modulated, by name; from here on they take part.
+
+    Raises:
+        ValueError: there are none.
+    """
+    points = modulation_points(module)
+    if not points:
+        raise ValueError(
+            f"{type(module).__name__} has no place where a task can modulate it: choose Conv4, ResNet or MLP"
+        )
+    for point in points.values():
+        point.activate()
+    return {name: point.channels for name, point in points.items()}
+
+
 def modulation_points(module: nn.Module) -> dict[str, FiLM]:
     """The places in a network where its channels can be modulated, by name, from the input to the output."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, FiLM)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.core.episodes import Support
-from models.core.base_learner import BaseLearner, Parameters
+from models.core.base_learner import BaseLearner, Parameters, entry
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import (
     Adapted,
@@ -66,7 +66,7 @@ class MetaSGD(GradientLearner):
         self.adapt_normalization = adapt_normalization
         low, high = inner_rate if isinstance(inner_rate, (tuple, list)) else (inner_rate, inner_rate)
         start, _ = split_parameters(self.learner, adapt_normalization)
-        rates = {n.replace(".", "_"): nn.Parameter(torch.empty_like(p).uniform_(low, high)) for n, p in start.items()}
+        rates = {entry(n): nn.Parameter(torch.empty_like(p).uniform_(low, high)) for n, p in start.items()}
         self.rates = nn.ParameterDict(rates)
 
     def class_rows(self) -> Parameters:
@@ -75,7 +75,7 @@ class MetaSGD(GradientLearner):
 
     def adaptation(self, support: Support) -> Iterator[Adapted]:
         start, fixed = split_parameters(self.learner, self.adapt_normalization)
-        rates = self.learner.resize_head({name: self.rates[name.replace(".", "_")] for name in start}, support.ways)
+        rates = self.learner.resize_head({name: self.rates[entry(name)] for name in start}, support.ways)
 
         def support_loss(parameters: Parameters, step: int) -> Tensor:
             return self.support_loss(call(self.learner, parameters | fixed, support.x, self.statistics_source), support)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import at_least
-from models.core.base_learner import BaseLearner, Parameters
+from models.core.base_learner import BaseLearner, Parameters, entry
 from models.core.inner_loop import (
     Adapted,
     adapted,
@@ -84,7 +84,7 @@ class Reptile(MetaLearner):
         self.register_buffer("updates", torch.zeros((), dtype=torch.float64))  # of the second moments
         self.moments = torch.nn.Module()
         for name, p in self.start().items():
-            self.moments.register_buffer(name.replace(".", "_"), torch.zeros_like(p))
+            self.moments.register_buffer(entry(name), torch.zeros_like(p))
 
     def start(self) -> Parameters:
         """θ: all parameters that train, batch norm's too."""
@@ -92,7 +92,7 @@ class Reptile(MetaLearner):
 
     def second_moments(self, ways: int) -> Parameters:
         """Adam's running means of squared gradients, as the tasks so far left them."""
-        return self.learner.resize_head({n: self.moments.get_buffer(n.replace(".", "_")) for n in self.start()}, ways)
+        return self.learner.resize_head({n: self.moments.get_buffer(entry(n)) for n in self.start()}, ways)
 
     def mini_batches(self, examples: int) -> Tensor:
         """Which examples each inner step takes, (steps, batch).
@@ -145,5 +145,5 @@ class Reptile(MetaLearner):
         # The reference code goes through the tasks one by one, each from the moments of the one before. Here they go
         # side by side from the same, and leave their mean.
         for name, moment in values.items():
-            self.moments.get_buffer(name.replace(".", "_")).copy_(moment)
+            self.moments.get_buffer(entry(name)).copy_(moment)
         self.updates += self.inner_steps

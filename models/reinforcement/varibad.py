@@ -392,19 +392,22 @@ class VariBAD(ReinforcementLearner):
         unit = self.normalizer.reward(torch.ones_like(missed))
         return (missed / unit.square()).where(e.alive > 0, torch.nan)
 
-    def trial_metrics(self, batch: Environments, trial: Trial) -> dict[str, Tensor]:
-        metrics = super().trial_metrics(batch, trial)
-        metrics["belief_deviation"] = trial.extras.belief.log_deviation[-1].exp().mean(-1)
+    def with_curves(self, batch: Environments, trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is measured of each trial, and what along it."""
+        deviation = trial.extras.belief.log_deviation.exp()
+        metrics = super().trial_metrics(batch, trial) | {"belief_deviation": deviation[-1].mean(-1)}
+        curves = {"beliefs": deviation.transpose(0, 1)}
         if self.vae.reward is not None:
-            metrics["reward_error"] = self.foreseeing_errors(trial).nanmean(0)
-        return metrics
+            errors = self.foreseeing_errors(trial)
+            metrics["reward_error"], curves["reward_errors"] = errors.nanmean(0), errors.T
+        return metrics, curves
+
+    def trial_metrics(self, batch: Environments, trial: Trial) -> dict[str, Tensor]:
+        return self.with_curves(batch, trial)[0]
 
     def evaluation_metrics(self, batch: Environments) -> dict[str, Tensor]:
-        trial = run_trial(batch, self.agent())
-        curves = {"beliefs": trial.extras.belief.log_deviation.exp().transpose(0, 1)}
-        if self.vae.reward is not None:
-            curves["reward_errors"] = self.foreseeing_errors(trial).T
-        return self.trial_metrics(batch, trial) | curves
+        metrics, curves = self.with_curves(batch, run_trial(batch, self.agent()))
+        return metrics | curves
 
     # What a checkpoint has ------------------------------------------------------------------------------------------
 

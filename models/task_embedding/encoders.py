@@ -170,13 +170,16 @@ class TaskLabel(TaskEmbedding):
         groups: number of them: families of functions, domains of images.
     """
 
+    reads_facts = True
+
     def __init__(self, groups: int) -> None:
         super().__init__()
         at_least(2, groups=groups)
         self.embedding_size = groups
 
     def embed_task(self, support: Support) -> Tensor:
-        if support.group is None:
+        group = (support.facts or {}).get("group")
+        if group is None:
             raise ConfigError("TaskLabel needs tasks whose groups are known, as datamodules.FiveFamily has them")
-        label = support.group == torch.arange(self.embedding_size, device=support.x.device)
+        label = group == torch.arange(self.embedding_size, device=support.x.device)
         return label.to(support.x.dtype)

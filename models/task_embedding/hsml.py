@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import at_least
 from datamodules.core.metric import Metric
-from models.core.base_learner import BaseLearner, Parameters, fit_outputs
+from models.core.base_learner import BaseLearner, Parameters, entry, fit_outputs
 from models.core.gradient_learner import GradientLearner
 from models.core.inner_loop import (
     Adapted,
@@ -127,7 +127,7 @@ class HSML(GradientLearner):
             self.joint = nn.Linear(seen, features)
             self.head_targets = nn.Parameter(nn.init.xavier_uniform_(torch.empty(outputs, features)))
             self.encoder = (RecurrentAutoencoder if encoder == "recurrent" else PoolingAutoencoder)(features, hidden)
-        gated = {n.replace(".", "_"): p for part in split_parameters(self.learner, True) for n, p in part.items()}
+        gated = {entry(n): p for part in split_parameters(self.learner, True) for n, p in part.items()}
         self.gates = nn.ParameterDict({n: torch.empty(*p.shape, 2 * hidden) for n, p in gated.items()})
         self.gate_biases = nn.ParameterDict({n: torch.zeros_like(p) for n, p in gated.items()})
         for gate in self.gates.values():
@@ -173,9 +173,9 @@ class HSML(GradientLearner):
 
     def gate(self, code: Tensor, held: Tensor, ways: int) -> Parameters:
         """η: for each parameter of the base learner its gate, of the same shape, between 0 and 1."""
-        names = [name for name, _ in self.learner.named_parameters() if name.replace(".", "_") in self.gates]
-        weights = self.learner.resize_head({n: self.gates[n.replace(".", "_")] for n in names}, ways)
-        biases = self.learner.resize_head({n: self.gate_biases[n.replace(".", "_")] for n in names}, ways)
+        names = [name for name, _ in self.learner.named_parameters() if entry(name) in self.gates]
+        weights = self.learner.resize_head({n: self.gates[entry(n)] for n in names}, ways)
+        biases = self.learner.resize_head({n: self.gate_biases[entry(n)] for n in names}, ways)
         both = torch.cat([code, held])
         flat = {n: F.linear(both, weights[n].flatten(0, -2), biases[n].flatten()) for n in names}
         return {n: torch.sigmoid(score).view(biases[n].shape) for n, score in flat.items()}

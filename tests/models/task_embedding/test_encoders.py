@@ -80,5 +80,5 @@ def test_prototype_mean_is_of_the_learners_own_backbone(kind):
 def test_task_label_is_the_group():
     """Catches labels that are counted from one."""
     support = functions()
-    told = Support(support.x, support.y, 0, group=torch.tensor(2))
+    told = Support(support.x, support.y, 0, facts={"group": torch.tensor(2)})
     assert models.TaskLabel(4).embed_task(told).tolist() == [0, 0, 1, 0]
