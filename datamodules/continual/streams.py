@@ -20,7 +20,7 @@ FULL = 20  # experiences up to which a stream is tested after each one
 DECADES = (1, 2, 5)
 
 
-def test_points(experiences: int) -> tuple[int, ...]:
+def usual_points(experiences: int) -> tuple[int, ...]:
     """After how many experiences all so far is tested: after each of a few, of many after 1, 2, 5, 10, … and all."""
     if experiences <= FULL:
         return tuple(range(1, experiences + 1))
@@ -105,7 +105,7 @@ class StreamDataModule(EpisodicDataModule):
         experiences: J of meta-validation and meta-test.
         shots, queries: N and Q, the examples that an experience teaches, and those that it is tested by.
         train_experiences, train_shots, train_queries: of meta-training, where they differ (None: the same).
-        points: after how many experiences all so far is tested; None: see ``test_points``.
+        points: after how many experiences all so far is tested; None: see ``usual_points``.
         meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule; of streams.
     """
 
@@ -151,7 +151,7 @@ class StreamDataModule(EpisodicDataModule):
         if split == "train":
             j = self.train_experiences
             return j, self.train_shots, self.train_queries, (j,)
-        own = test_points(self.experiences) if self.points is None else (*self.points, self.experiences)
+        own = usual_points(self.experiences) if self.points is None else (*self.points, self.experiences)
         return self.experiences, self.shots, self.queries, tuple(dict.fromkeys(own))
 
     def normalize(self, inputs: Tensor) -> Tensor:
