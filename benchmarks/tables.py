@@ -27,7 +27,6 @@ from datamodules.core.base import shape_text
 from datamodules.core.files import write_atomically
 from datamodules.core.metric import Metric
 from models.core.learner import MetaLearner
-from models.core.task_kinds import KINDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS, CURVES = DOCS / "results", DOCS / "images" / "curves"
@@ -105,16 +104,15 @@ def of_runs(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def declared_metrics() -> Mapping[str, Metric]:
-    """Of all kinds of task, and of all learners."""
-    of_kinds = {name: metric for kind in KINDS.values() for name, metric in kind.metrics.items()}
-    return {name: metric for learner in LEARNERS for name, metric in learner.declared_metrics().items()} | of_kinds
+def metric_of(result: Mapping[str, Any], name: str) -> Metric:
+    """What a number of a training's result is, as its learner declares it."""
+    return next(c for c in LEARNERS if c.__name__ == result["algorithm"]).declared_metrics()[name]
 
 
 def row(result: dict[str, Any]) -> list[str]:
     """The cells of a training's result."""
     headline, numbers = next(iter(result["metrics"].items()))
-    metric = declared_metrics()[headline]
+    metric = metric_of(result, headline)
     shape = shape_text({k: v for k, v in result.items() if k in ("ways", "shots", "episodes") and v})
     name = f", as {result['name']}" if result["flags"] else ""
     return [
@@ -158,7 +156,7 @@ def curve_of(results: list[dict[str, Any]], learners: list[type[MetaLearner]]) -
 @styled
 def curve_figure(result: dict[str, Any]) -> Any:
     """The headline metric of meta-validation, with its interval, over meta-updates."""
-    metric = declared_metrics()[result["curve"]["metric"]]
+    metric = metric_of(result, result["curve"]["metric"])
     steps, means, halves = (list(values) for values in zip(*result["curve"]["points"], strict=True))
     figure, axes = single(5.6, 2.6)
     axes.plot(steps, means, color=MAIN, marker=".")

@@ -1,5 +1,6 @@
 """One file per task distribution; each data module is found here by name."""
 
+from datamodules.continual.class_streams import ClassStreams
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support
 from datamodules.core.errors import DataError
@@ -38,11 +39,13 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     GymnasiumTasks,
     HalfCheetahVelocity,
     HalfCheetahDirection,
+    ClassStreams,
 )
 
 __all__ = [
     "DATA",
     "Bandits",
+    "ClassStreams",
     "DataError",
     "Domain",
     "EnvironmentDataModule",

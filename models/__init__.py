@@ -16,6 +16,8 @@ from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
+from models.continual.learner import ContinualLearner
+from models.continual.nearest_class_mean import NearestClassMean
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -102,6 +104,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NeuralStatistician,
     ProbabilisticTaskModel,
     BiGAN,
+    NearestClassMean,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -139,6 +142,7 @@ __all__ = [
     "CNAPs",
     "Conditioned",
     "ConstantEmbedding",
+    "ContinualLearner",
     "Conv2",
     "Conv4",
     "ConvEncoder",
@@ -159,6 +163,7 @@ __all__ = [
     "MetaLearner",
     "MetaSGD",
     "Modulation",
+    "NearestClassMean",
     "NearestNeighbour",
     "Network",
     "NeuralStatistician",

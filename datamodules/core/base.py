@@ -26,6 +26,8 @@ MANY = 10_000  # tasks of a meta-batch, from which on it is asked whether memory
 LISTED = 40  # bytes of a task's number in a list
 
 
+TaskKindName = Literal["classification", "regression", "reinforcement", "stream"]
+
 # Settings of networks that data knows.
 NETWORK_SETTINGS = ("observations", "actions", "discrete", "in_channels", "image_size", "input_shape")
 
@@ -42,7 +44,7 @@ class EpisodicDataModule(LightningDataModule):
         seed: seed of the class split and of every episode; the same seed gives every algorithm the same tasks.
     """
 
-    kind: Literal["classification", "regression", "reinforcement"] = "classification"
+    kind: TaskKindName = "classification"
 
     def __init__(
         self, meta_batch_size: int, val_tasks: int, test_tasks: int, eval_batch_size: int, workers: int, seed: int
@@ -69,7 +71,7 @@ class EpisodicDataModule(LightningDataModule):
         self._before = {"batches": 0, "seen": 0, "next": 0}
 
     def task_shape(self) -> dict[str, int]:
-        """What a meta-test task looks like: ways, shots and queries; or episodes; by the names of the settings."""
+        """What a meta-test task has, by the names of settings: ways, shots, queries; episodes; experiences."""
         return {}
 
     def network_settings(self) -> dict[str, Any]:
@@ -192,8 +194,9 @@ class EpisodicDataModule(LightningDataModule):
 
 
 def shape_text(shape: Mapping[str, int]) -> str:
-    """A task's shape as people say it: "5-way 1-shot", "trials of 3 episodes"."""
+    """A task's shape as people say it: "5-way 1-shot", "trials of 3 episodes", "streams of 40 experiences"."""
     words = [f"{shape['ways']}-way"] if shape.get("ways") else []
     words += [f"{shape['shots']}-shot"] if shape.get("shots") else []
     words += [f"trials of {shape['episodes']} episodes"] if shape.get("episodes") else []
+    words += [f"streams of {shape['experiences']} experiences"] if shape.get("experiences") else []
     return " ".join(words)

@@ -15,7 +15,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
-from datamodules.core.base import EpisodicDataModule
+from datamodules.core.base import EpisodicDataModule, TaskKindName
 from datamodules.core.episodes import Episodes, Support, Task
 from datamodules.core.errors import ConfigError
 from datamodules.core.metric import Metric
@@ -58,7 +58,7 @@ class MetaLearner(pl.LightningModule):
     """
 
     paper: ClassVar[Paper]
-    tasks: ClassVar[frozenset[Literal["classification", "regression", "reinforcement"]]]
+    tasks: ClassVar[frozenset[TaskKindName]]
     own_metrics: ClassVar[Mapping[str, Metric]] = {}
     """What it measures of a task beside the metrics of its kind, by name."""
     selects_by: ClassVar[str | None] = None
@@ -266,12 +266,16 @@ class MetaLearner(pl.LightningModule):
         with torch.no_grad():
             for (layer, step), of_tasks in self._mean_over_tasks(statistics, batch.meta_batch).items():
                 layer.update_running(*of_tasks, step=step)
-            metrics = {"loss": loss, **self.per_task(prediction, batch.query_y), **kept.pop("metrics", {})}
+            metrics = {"loss": loss, **self.per_task(prediction, self.targets(batch)), **kept.pop("metrics", {})}
             if kept:
                 self.update_from_tasks(self._mean_over_tasks(kept, batch.meta_batch))
             self.stage_metrics("train").update(batch.index, metrics)
         # Processes may hold unequal shares; DDP averages over processes, the meta-objective is a mean over tasks.
         return loss.sum() * (self.trainer.world_size / batch.meta_batch)
+
+    def targets(self, batch: Any) -> Tensor:
+        """What the predictions of ``objective`` are held against, (T, Q, …)."""
+        return batch.query_y
 
     def stage_metrics(self, stage: str) -> TaskMetrics:
         """The metrics of "train", "val" or "test" tasks collected so far."""

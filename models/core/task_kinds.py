@@ -62,5 +62,20 @@ KINDS: Mapping[str, TaskKind] = {
         },
         ("histogram", "trials", "training"),
     ),
+    "stream": TaskKind(
+        "accuracy",
+        {
+            "accuracy": Metric("higher", "accuracy over all experiences at the end", share=True),
+            "learned": Metric("higher", "accuracy on the examples that were learned", share=True),
+            "learning_accuracy": Metric("higher", "accuracy on an experience just after it", share=True),
+            "backward_transfer": Metric("higher", "backward transfer", share=True),
+            "forgetting": Metric("lower", "forgetting", share=True),
+            "forward_transfer": Metric("higher", "forward transfer", share=True),
+            "online": Metric("higher", "accuracy on an experience before it is learned", share=True),
+            "accuracies": Metric("higher", curve=True),
+            "learned_accuracies": Metric("higher", curve=True),
+        },
+        ("histogram", "streams", "training"),
+    ),
 }
 """By the name that a data module's ``kind`` and a learner's ``tasks`` have."""

@@ -225,7 +225,13 @@ AGENTS = {
         *("--data.meta_batch_size", "4"),
     ],
 }
-LEARNERS = ALGORITHMS | REGRESSORS | AGENTS
+# Learners on streams of the toy images' classes.
+STREAMS = [
+    *("--data", "datamodules.ClassStreams", "--data.source", "tests.support.toy.ToyImages", "--data.experiences", "4"),
+    *("--data.shots", "2", "--data.queries", "2", "--data.train_experiences", "3", "--data.meta_batch_size", "4"),
+]
+CONTINUAL = {"NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS]}
+LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL
 # What has nothing to train.
 STRATEGIES = {
     "BanditStrategy": [
@@ -285,7 +291,7 @@ def evaluation(strategy: str, runs: Path, *flags: str) -> list[str]:
 
 def headline(algorithm: str) -> str:
     """The metric that a learner's checkpoints are chosen by."""
-    kinds = {"classification": ALGORITHMS, "regression": REGRESSORS, "reinforcement": AGENTS}
+    kinds = {"classification": ALGORITHMS, "regression": REGRESSORS, "reinforcement": AGENTS, "stream": CONTINUAL}
     return next(KINDS[kind].headline for kind, learners in kinds.items() if algorithm in learners)
 
 

@@ -1,0 +1,1 @@
+"""Streams of experiences that arrive one after another."""
