@@ -13,7 +13,7 @@ from sklearn.linear_model import LinearRegression
 from torch import Tensor
 
 from app import compare, embeddings
-from app.embeddings import explained, explained_variance, value_of
+from app.embeddings import explained, explained_variance, told_kinds, value_of
 from app.runs.evaluation_record import Evaluation
 from datamodules.core.errors import ConfigError
 from models.core.metrics import EMBEDDING, TaskMetrics
@@ -90,6 +90,22 @@ def test_explained_variance_is_that_of_the_other_half_of_the_tasks(noise):
     assert explained_variance(padded, fact) == pytest.approx(explained_variance(embedding, fact))
 
 
+def test_a_kind_is_told_by_a_probe_of_the_other_half_of_the_tasks():
+    """Catches kinds that are regressed as if their numbers were quantities, or a probe measured on what it learned.
+
+    Three kinds whose numbers are in another order than their places on a line; of noise a probe knows no more than how
+    often each kind is.
+    """
+    rng = np.random.default_rng(0)
+    kind = rng.integers(3, size=400)
+    place = np.array([0.0, 2.0, 1.0])[kind][:, None] + 0.1 * rng.normal(size=(400, 1))
+    assert told_kinds(np.hstack([place, place**2]), kind)[0] > 0.98
+    assert explained_variance(place, kind) < 0.7
+    accuracy, commonest = told_kinds(rng.normal(size=(400, 30)), kind)
+    assert accuracy < 0.45 and 0.25 < commonest < 0.45
+    assert told_kinds(place, np.zeros(400, int)) == (1.0, 1.0)
+
+
 def test_expressions_of_facts():
     """Catches an expression that is computed of something else, and names that nobody knows."""
     facts = {"amplitude": np.array([1.0, 2.0]), "phase": np.array([0.0, np.pi])}
@@ -108,7 +124,7 @@ def test_the_command_tells_what_the_record_has(tested, tmp_path, capsys):
     assert "phase" in shown and "frequency" not in shown
     found = Evaluation.load(tested)
     phase = explained_variance(expected(tested).numpy(), found.facts["phase"].numpy())
-    assert json.loads(out.read_text())[str(tested)]["phase"] == pytest.approx(phase, rel=1e-4)
+    assert json.loads(out.read_text())[str(tested)]["phase"]["R²"] == pytest.approx(phase, rel=1e-4)
     text = "amplitude * sin(phase)"
     assert explained(found, [text]).keys() == {text}
     with pytest.raises(ConfigError, match="has no embeddings of the tasks"):
