@@ -23,18 +23,16 @@ from models.core.metrics import interval
 
 def likelihoods(x: torch.Tensor, y: torch.Tensor, noise: float, draws: int, seed: int = 1) -> torch.Tensor:
     """log p(y | x, family) up to a constant of each task (T, N) by each family, (T, families)."""
-    found = []
-    for mode in MODES:
+    found = torch.empty(len(x), len(MODES), dtype=torch.float64)
+    for number, mode in enumerate(MODES):
         law = FiveFamilies([mode], 0.0)
         drawn = law.parameters(TaskStreams(seed, "train", range(draws)))
         task = {name: torch.from_numpy(values)[None] for name, values in drawn.items()}
-        of_tasks = []
-        for of_x, of_y in zip(x.double(), y.double(), strict=True):
+        for place, (of_x, of_y) in enumerate(zip(x.double(), y.double(), strict=True)):
             values = law.function(task, of_x[None, None, :, None].expand(1, draws, -1, 1))[0, ..., 0]
             squared = (values - of_y).square().sum(1)
-            of_tasks.append((-squared / (2 * noise**2)).logsumexp(0) - math.log(draws))
-        found.append(torch.stack(of_tasks))
-    return torch.stack(found, 1)
+            found[place, number] = (-squared / (2 * noise**2)).logsumexp(0) - math.log(draws)
+    return found
 
 
 def main() -> None:
