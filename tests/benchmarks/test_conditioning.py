@@ -108,7 +108,7 @@ def test_the_table_is_of_the_tests_and_made_once(tmp_path: Path, capsys):
 
 @pytest.mark.parametrize(("better", "worse"), [("higher", -1.0), ("lower", 1.0)])
 def test_an_embedding_matters_where_every_control_is_worse(better, worse):
-    """Catches a verdict by either control, one that takes an error for an accuracy, and one on a learner that diverged."""
+    """Catches a verdict by one control, one that takes an error for an accuracy, and one on a learner that diverged."""
     tasks = np.linspace(0, 1, 50, dtype=np.float32)
 
     def one(shift: float, scale: float = 1.0) -> Evaluation:
