@@ -56,7 +56,8 @@ class EvaluationCLI(FromCheckpoint):
         words: Sequence[str],
         control: str | None = None,
     ) -> None:
-        self.words, self.control = [*words, *([control] if control else [])], control
+        # The control first: a folder's name has an end.
+        self.words, self.control = [*([control] if control else []), *words], control
         super().__init__(trained, options, keys)
 
     def choose_folder(self, stage: str) -> tuple[Path, Path | None]:
@@ -214,6 +215,21 @@ def compare(options: argparse.Namespace, keys: Sequence[str], words: Sequence[st
             rank_zero_info(line)
 
 
+def loss_by(control: Evaluation, own: Evaluation, metric: str) -> tuple[float, float, bool]:
+    """What a learner loses by a control, with the half-width of its interval, and whether the task embedding matters.
+
+    Paired by task, and positive where the control is worse. An embedding that loses no more than chance is decorative.
+
+    Args:
+        control, own: evaluations on the same tasks.
+        metric: what is lost.
+    """
+    declared = own.declared[metric]
+    mean, half = difference(declared, own.metrics[metric], control.metrics[metric])
+    loss = mean if declared.better == "higher" else -mean
+    return loss, half, loss > half
+
+
 def verdicts(clis: Sequence[EvaluationCLI], evaluations: Sequence[Evaluation]) -> list[str]:
     """What each learner loses with its controls, in a line each: an embedding that loses nothing is decorative."""
     lines = []
@@ -225,10 +241,9 @@ def verdicts(clis: Sequence[EvaluationCLI], evaluations: Sequence[Evaluation]) -
         assert cli.datamodule is not None
         name = KINDS[cli.datamodule.kind].headline
         declared = evaluations[own].declared[name]
-        mean, half = difference(declared, *(evaluations[i].metrics[name] for i in (own, place)))
-        loss = mean if declared.better == "higher" else -mean
-        what = "matters" if loss > half else "is decorative: it loses nothing"
-        text = declared.text(mean, half, signed=True)
+        loss, half, matters = loss_by(evaluations[place], evaluations[own], name)
+        what = "matters" if matters else "is decorative: it loses nothing"
+        text = declared.text(loss if declared.better == "higher" else -loss, half, signed=True)
         lines.append(f"{names[own]}: own - {cli.control} {text} of {name}; the task embedding {what}")
     return lines
 

@@ -24,18 +24,15 @@ import yaml
 from rich.console import Console
 
 from app import evaluate, recommend
-from app.cli.builder import main as train
 from app.compare import labels
 from app.runs.accuracy_matrix import Matrix
 from app.runs.directory import EVALUATIONS, RESULTS
 from benchmarks.console import wide_console
+from benchmarks.small_runs import trained
 from datamodules.core.files import write_atomically
-from models.core.checkpoint_io import CHECKPOINTS
 
 ON_ALL = "all-domains"  # the evaluation's folder
 SHAPE = {"ways": 5, "shots": 1, "queries": 15}
-QUIET = ["--wandb", "off", "--pictures", "false", "--trainer.accelerator", "cpu"]
-QUIET += ["--trainer.enable_progress_bar", "false", "--open_set_tasks", "0"]
 
 
 def domains(root: str | None) -> dict[str, dict[str, Any]]:
@@ -125,14 +122,10 @@ def make(args: argparse.Namespace, console: Console) -> list[Path]:
         found.append(folder)
         if (folder / RESULTS).is_file():
             continue
-        begin, checkpoint = time.process_time(), runs / name / CHECKPOINTS / "last.ckpt"
-        steps = max(1, round(steps * args.scale))
-        if not (runs / name / RESULTS).is_file():
-            data = mixture({d: known[d] for d in trained_on}, test_tasks=2, val_tasks=2, eval_batch_size=2)
-            content = yaml.safe_dump({"data": data})
-            length = ["--trainer.max_steps", steps, "--trainer.val_check_interval", steps, "--seed_everything", number]
-            own = ["--name", name, "--runs", runs, "--ckpt_path", "last"]
-            train([str(w) for w in ("--config", content, *flags, *length, *own, *QUIET)])
+        begin, steps = time.process_time(), max(1, round(steps * args.scale))
+        data = mixture({d: known[d] for d in trained_on}, test_tasks=2, val_tasks=2, eval_batch_size=2)
+        content = yaml.safe_dump({"data": data})
+        checkpoint = trained(runs, name, steps, number, ["--config", content, *flags])
         more = ["--open_set_tasks", "0", "--pictures", "false", "--trainer.accelerator", "cpu"]
         more += ["--trainer.enable_progress_bar", "false"]
         evaluate.main(["--ckpt_path", str(checkpoint), "--data", str(everything), "--out", str(folder), *more])

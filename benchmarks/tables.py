@@ -32,6 +32,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS, CURVES = DOCS / "results", DOCS / "images" / "curves"
 SHORT = "short"  # folder of results of minutes
 INDEX, REPRODUCTION, ALGORITHMS = DOCS / "algorithms.md", DOCS / "reproduction.md", DOCS / "algorithms"
+CONDITIONING = DOCS / "conditioning.md"
 PIECE = re.compile(r"<!-- ([\w -]+): made by make docs -->\n(.*?)<!-- end -->", re.DOTALL)
 LEARNERS = (*models.ALGORITHMS, *models.STRATEGIES)
 
@@ -137,6 +138,8 @@ HEAD = (
 
 def of_table(path: Path) -> str:
     """A table of single measurements; columns from "seed" on are not shown."""
+    if not path.is_file():
+        return f"Not measured yet: `docs/results/{path.name}` is to hold it.\n"
     with open(path, newline="") as file:
         head, *rows = csv.reader(file)
     shown = head.index("seed")
@@ -218,7 +221,7 @@ def pieces(page: Path, folder: Path) -> Callable[[str], str]:
 
 def pages() -> list[Path]:
     """Those with pieces that are made."""
-    return [INDEX, REPRODUCTION, *sorted(ALGORITHMS.glob("*.md"))]
+    return [INDEX, REPRODUCTION, CONDITIONING, *sorted(ALGORITHMS.glob("*.md"))]
 
 
 def renewed(page: Path, folder: Path = RESULTS) -> str:

@@ -174,8 +174,8 @@ class Omniglot(ImageDataModule):
         rotations: of every split, in place of the protocol's own; see ImageTasks. "classes" with ``maml`` is what
             Sung et al. 2018 and Mishra et al. 2018 used.
         train_rotations: of meta-training alone.
-        within_alphabets: all classes of a task come from one alphabet, which is the task's group, in every split; None
-            as the protocol has it.
+        within_alphabets: all classes of a task come from one alphabet, which is the task's group, of one number in
+            every split; None as the protocol has it.
         aligned: in all splits, the j-th example of every character of a task is by one drawer, and each j by another:
             with one shot and one query, as in the evaluation of Lake et al. 2015. (A drawer's number is his own within
             an alphabet.)
@@ -213,6 +213,10 @@ class Omniglot(ImageDataModule):
         self.within_group = own if within_alphabets is None else within_alphabets
         self.asks_within = bool(within_alphabets)
         self.aligned = aligned
+
+    @property
+    def groups(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return [alphabet for alphabets in self.characters.values() for alphabet in alphabets]
 
     @property
     def selects(self) -> bool:

@@ -95,6 +95,7 @@ class ImageTasks(TaskDistribution):
             alike); "classes" makes each turn of a character a class of its own (4 times as many).
         within_group: all classes of a task come from one group (an alphabet's own characters), whose number is in
             ``Episodes.task["group"]``.
+        groups: names of all groups by their numbers, those of other splits too; None numbers the split's own.
         aligned: the j-th image of every class has one number, another for each j: where images are numbered by who
             drew them, one drawer's characters are the support and another's the queries.
         warp: how the images are warped; None leaves them as they are.
@@ -120,6 +121,7 @@ class ImageTasks(TaskDistribution):
         split: str,
         rotations: Rotations = "none",
         within_group: bool = False,
+        groups: Sequence[str] | None = None,
         aligned: bool = False,
         warp: Warp | None = None,
         max_shots: int | None = None,
@@ -145,9 +147,10 @@ class ImageTasks(TaskDistribution):
             )
         self.members: list[np.ndarray] | None = None
         if within_group:
-            names, groups = np.array(classes.groups), tuple(dict.fromkeys(classes.groups))
-            self.members = [np.flatnonzero(names == g) for g in groups]
-            self.task_groups = ("group", groups)
+            names, own = np.array(classes.groups), tuple(dict.fromkeys(classes.groups))
+            self.members = [np.flatnonzero(names == g) for g in own]
+            self.task_groups = ("group", own if groups is None else tuple(groups))
+            self.numbers = np.array([self.task_groups[1].index(g) for g in own])
             factor = 4 if rotations == "classes" else 1
             for group in self.members:
                 if len(group) * factor < ways:
@@ -201,7 +204,7 @@ class ImageTasks(TaskDistribution):
             base, turn = drawn % len(self.classes), drawn // len(self.classes)
         else:
             group = rng.integers(len(self.members))
-            facts["group"] = torch.from_numpy(group)
+            facts["group"] = torch.from_numpy(self.numbers[group])
             sizes = np.array([len(m) for m in self.members])[group]
             drawn = rng.choice(sizes * factor, self.ways)
             turn = drawn // sizes[:, None]
@@ -277,6 +280,8 @@ class ImageDataModule(EpisodicDataModule):
 
     rotations: dict[str, Rotations] = {}
     within_group = False
+    groups: Sequence[str] | None = None
+    """Names of the groups of all splits, by the numbers that tasks within one tell; None numbers each split's own."""
     aligned = False
 
     def __init__(
@@ -352,6 +357,7 @@ class ImageDataModule(EpisodicDataModule):
             split=split,
             rotations=self.rotations.get(split, "none"),
             within_group=self.within_group,
+            groups=self.groups,
             aligned=self.aligned,
             warp=self.warp if train else None,
             max_shots=self.max_train_shots if train else None,

@@ -106,7 +106,7 @@ class FiLMGenerator(nn.Module):
 
 
 class SetAdaptation(nn.Module):
-    """From a support set, by its code, to the modulation of a backbone; labels play no part.
+    """What makes the code of a support set, and of the code the modulation of a backbone; labels play no part.
 
     Args:
         input_shape: (channels, height, width) of the images.
@@ -120,9 +120,6 @@ class SetAdaptation(nn.Module):
             raise ValueError(f"the set encoder takes images, not inputs of shape {tuple(input_shape)}")
         self.encoder = ImageSetEncoder(input_shape[0], size)
         self.generator = FiLMGenerator(size, points)
-
-    def forward(self, x: Tensor) -> Parameters:
-        return self.generator(self.encoder(x))
 
 
 class AdaptiveLearner(ModulatedLearner):
@@ -144,9 +141,10 @@ class AdaptiveLearner(ModulatedLearner):
         self.conditioned, self.code, self.penalty = conditioned, code, penalty
         if conditioned:
             self.adaptation_network = SetAdaptation(backbone.input_shape, activated(backbone), code)
+            self.conditioned_on(code)
 
     def modulation(self, x: Tensor, support: Support) -> Parameters:
-        return self.adaptation_network(support.x)
+        return self.adaptation_network.generator(self.seen(lambda: self.embed_task(support)))
 
     @property
     def embedding_size(self) -> int:
@@ -157,7 +155,7 @@ class AdaptiveLearner(ModulatedLearner):
         return self.adaptation_network.encoder(support.x)
 
     def objective(self, task: Task) -> tuple[Any, ...]:
-        loss, prediction = super().objective(task)
+        loss, prediction, left = super().objective(task)
         if self.conditioned:
             loss = loss + self.penalty * self.adaptation_network.generator.penalty()
-        return loss, prediction
+        return loss, prediction, left

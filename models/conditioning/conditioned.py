@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from datamodules.core.base import EpisodicDataModule
-from datamodules.core.episodes import Episodes, Support, Task
+from datamodules.core.episodes import Support, Task
 from datamodules.core.errors import ConfigError
 from models.core.base_learner import Parameters
 from models.core.conditioning import Conditioning
+from models.core.controls import EMBEDDING, Controlled
 from models.core.inner_loop import with_values
 from models.core.learner import MetaLearner, Paper
 from models.core.task_embedding import TaskEmbedding
 from models.networks.batch_norm import BatchNormMode
-
-Control = Literal["shuffled", "constant"]
-EMBEDDING = "task_embedding"  # what a task leaves, beside what the learner has it leave
 
 
 class ConditionedState(NamedTuple):
@@ -30,7 +26,7 @@ class ConditionedState(NamedTuple):
     values: Parameters
 
 
-class Conditioned(MetaLearner):
+class Conditioned(Controlled):
     """A learner whose parameters depend on what task it is: an embedding of the support set says how.
 
     For each task the conditioning maps the task embedding to tensors that take the places of the learner's own: initial
@@ -59,8 +55,6 @@ class Conditioned(MetaLearner):
         "https://arxiv.org/abs/1910.13616",
     )
     tasks = frozenset({"classification", "regression"})
-    mean_embedding: Tensor
-    MEAN_OF = 100  # meta-batches, about, that the mean embedding is of
 
     def __init__(
         self,
@@ -85,9 +79,7 @@ class Conditioned(MetaLearner):
         self.selects_by = learner.selects_by
         for stage in self.metrics.values():
             stage.declared.update(learner.declared_metrics())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        self.register_buffer("mean_embedding", torch.zeros(embedding.embedding_size))
-        self.register_buffer("means_taken", torch.tensor(0.0))
-        self._control: Control | None = None
+        self.conditioned_on(embedding.embedding_size)
 
     @property
     def outputs(self) -> int | None:
@@ -97,15 +89,6 @@ class Conditioned(MetaLearner):
     @property
     def embedding_size(self) -> int:
         return self.embedding.embedding_size
-
-    @property
-    def controls(self) -> tuple[str, ...]:
-        return ("shuffled", "constant")
-
-    def control(self, name: str) -> None:
-        if name not in self.controls:
-            raise ConfigError(f"control is {name} but must be one of {', '.join(self.controls)}")
-        self._control = name  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def transductive(self) -> bool:
@@ -121,12 +104,15 @@ class Conditioned(MetaLearner):
         """What takes the places of the learner's parameters and buffers, by their names in it."""
         return self.conditioning(embedding, dict(self.learner.named_parameters()))
 
+    def values_of(self, support: Support) -> Parameters:
+        return self.values(self.seen(lambda: self.embed_task(support)))
+
     def adapt(self, support: Support) -> ConditionedState:
-        values = self.values(self._seen(self.embed_task(support)))
+        values = self.values_of(support)
         return ConditionedState(with_values(self.learner, values, lambda: self.learner.adapt(support)), values)
 
     def adaptation(self, support: Support) -> Iterator[ConditionedState]:
-        values = self.values(self._seen(self.embed_task(support)))
+        values = self.values_of(support)
         along = with_values(self.learner, values, lambda: list(self.learner.adaptation(support)))
         return (ConditionedState(state, values) for state in along)
 
@@ -141,36 +127,6 @@ class Conditioned(MetaLearner):
         return loss, prediction, {**(kept[0] if kept else {}), EMBEDDING: embedding.detach()}
 
     def update_from_tasks(self, values: dict[str, Any]) -> None:
-        self.means_taken += 1
-        share = 1 / self.means_taken.clamp(max=self.MEAN_OF)
-        self.mean_embedding.lerp_(values.pop(EMBEDDING).to(self.mean_embedding), share)
+        super().update_from_tasks({EMBEDDING: values.pop(EMBEDDING)})
         if values:
             self.learner.update_from_tasks(values)
-
-    # With controls ---------------------------------------------------------------------------------------------------
-
-    def _seen(self, embedding: Tensor) -> Tensor:
-        return self.mean_embedding if self._control == "constant" else embedding
-
-    def predictions(self, batch: Episodes) -> Any:
-        if self._control != "shuffled":
-            return super().predictions(batch)
-        return self._with_others(batch, lambda state, x: self.predict(state, x))
-
-    def predictions_by_parts(self, batch: Episodes, size: int) -> Tensor:
-        if self._control != "shuffled":
-            return super().predictions_by_parts(batch, size)
-        return self._with_others(batch, lambda state, x: torch.stack([self.predict(state, p) for p in x.split(size)]))
-
-    def _with_others(self, batch: Episodes, predict: Callable[[ConditionedState, Tensor], Tensor]) -> Tensor:
-        """Predictions of every task by the embedding of the next one of its meta-batch."""
-        if len(batch) < 2:
-            raise ConfigError("a task alone in its meta-batch has no other's embedding: choose another --tasks")
-
-        def of(task: Task, other: Tensor) -> Tensor:
-            values = self.values(other)
-            adapt = partial(self.learner.adapt, task.support)
-            return predict(ConditionedState(with_values(self.learner, values, adapt), values), task.query_x)
-
-        embeddings = self.map(lambda task: self.embed_task(task.support), batch)
-        return self.map(of, batch, embeddings.roll(-1, 0))

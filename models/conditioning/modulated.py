@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from datamodules.core.episodes import Episodes, Support
 from models.core.base_learner import Parameters
+from models.core.controls import Controlled
 from models.core.embedding_learner import Embedded, EmbeddingLearner
 from models.networks.batch_norm import BatchNorm, normalize_by, statistics_of
 
@@ -20,11 +21,11 @@ class Modulated(NamedTuple):
     summary: Any
 
 
-class ModulatedLearner(EmbeddingLearner):
+class ModulatedLearner(Controlled, EmbeddingLearner):
     """Embeds every input of a task by the backbone with the task's own scales and shifts, then compares.
 
     An algorithm overrides ``modulation``, ``summarize`` and ``compare``, each for ONE task. Where ``conditioned`` is
-    false, all tasks share one embedding.
+    false, all tasks share one embedding; where it is true, the constructor calls ``conditioned_on``.
     """
 
     conditioned = True

@@ -121,6 +121,7 @@ class TADAM(ModulatedLearner):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         if conditioned:
             self.ten = TaskEmbeddingNetwork(backbone.out_features, activated(backbone), layers)
+            self.conditioned_on(backbone.out_features)
         if classes is not None:
             self.classifier = nn.Linear(backbone.out_features, classes)
 
@@ -136,7 +137,7 @@ class TADAM(ModulatedLearner):
         return class_means(self.embed(x)[: len(support.y)], support).mean(0)
 
     def modulation(self, x: Tensor, support: Support) -> Parameters:
-        return self.ten(self.centre(x, support))
+        return self.ten(self.seen(lambda: self.centre(x, support)))
 
     def summarize(self, z: Tensor, support: Support) -> Tensor:
         """Prototypes (ways, features)."""
@@ -178,8 +179,8 @@ class TADAM(ModulatedLearner):
     def objective(self, task: Task) -> tuple[Any, ...]:
         # The running averages are of the pass that comes last: the one that classifies.
         auxiliary = self.scale.new_zeros(()) if self.classes is None else self.auxiliary_loss(task)
-        loss, prediction = super().objective(task)
+        loss, prediction, left = super().objective(task)
         loss = loss + auxiliary
         if self.conditioned:
             loss = loss + self.penalty * self.ten.penalty()
-        return loss, prediction, {"metrics": {"auxiliary_loss": auxiliary.detach()}}
+        return loss, prediction, {**left, "metrics": {"auxiliary_loss": auxiliary.detach()}}

@@ -155,14 +155,15 @@ def test_training_passes_over_alphabets_that_are_too_small(tmp_path: Path) -> No
 
 def test_tasks_within_alphabets_know_theirs(tmp_path: Path) -> None:
     """A task whose group is not its characters' alphabet, other tasks than without the option said where a protocol has
-    it already, and small alphabets that end a test of random characters."""
+    it already, an alphabet's number that differs by split, and small alphabets that end a test of random characters."""
     fake = fake_omniglot(tmp_path)
     data = fake(root=str(tmp_path), protocol="maml", ways=4, queries=2, within_alphabets=True, rotations="none")
     for split in SPLITS:
         tasks = data.distribution(split)
         fact, names = tasks.task_groups
         drawn = tasks.sample(range(30))
-        assert drawn.task_groups == (fact, names) and min(tasks.classes.groups.count(name) for name in names) >= 4
+        assert drawn.task_groups == (fact, names) and names == tuple(data.groups)
+        assert min(tasks.classes.groups.count(names[n]) for n in drawn.groups.tolist()) >= 4
         for ids, group in zip(drawn.task["classes"], drawn.groups, strict=True):
             assert {tasks.group_names[k] for k in ids.tolist()} == {names[int(group)]}
     plain = fake(root=str(tmp_path), protocol="alphabets", ways=4, queries=2)
