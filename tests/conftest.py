@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -12,6 +13,13 @@ import pytest
 import torch
 
 import app  # noqa: F401  (before anything imports torchmetrics)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector is not to go through it in every test."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -70,6 +75,8 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name in ("configs", "app", "datamodules", "models", "train.py"):
         (folder / name).symlink_to(ROOT / name)
+    (ROOT / "data").mkdir(exist_ok=True)
+    (folder / "data").symlink_to(ROOT / "data")  # characters take half a minute to draw
     shades = {"lines": 60, "dots": 160, "rings": 220}
     for part, numbers in (("support", range(2)), ("queries", range(2, 4)), ("images", range(30))):
         for k, shade in enumerate(shades.values() if part != "images" else range(0, 250, 12)):
@@ -81,11 +88,31 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(place: Path, command: str, *more: str) -> str:
+    """What a command prints, by a process of its own."""
     words = [sys.executable if w == "python" else w for w in shlex.split(command)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "COLUMNS": "200"}
     done = subprocess.run([*words, *more], cwd=place, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run_here(place: Path, command: str, *more: str) -> str:
+    """What a command prints, by this process: started as a module or a file, by its words, where a user starts it."""
+    _, *words = shlex.split(command)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        patch.chdir(place)
+        patch.setenv("COLUMNS", "200")
+        warnings.simplefilter("default")  # as in a process of its own
+        module = words.pop(0) == "-m"
+        patch.setattr(sys, "argv", [*words, *more] if module else ["train.py", *words, *more])
+        if module:
+            with mock.patch.dict(sys.modules):
+                sys.modules.pop(words[0], None)  # which runpy would rather not find
+                runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path("train.py", run_name="__main__")
+    return printed.getvalue()
 
 
 def test_train_resume_evaluate_and_predict(place):
@@ -95,25 +122,25 @@ def test_train_resume_evaluate_and_predict(place):
     quick = next(c for c in train if c.endswith("configs/quickstart.yaml"))
     assert "±" in run(place, quick, *DEBUG, "--wandb", "offline", *small)
     resume = next(c for c in train if "--ckpt_path last" in c)
-    run(place, resume, *DEBUG, *small, "--trainer.max_steps", "6")
+    run_here(place, resume, *DEBUG, *small, "--trainer.max_steps", "6")
     assert (place / "runs" / "quickstart" / "config.resume-1.yaml").is_file()
     for command in starting_with("python -m app.evaluate"):
-        assert "±" in run(place, command, "--tasks", "8")
+        assert "±" in run_here(place, command, "--tasks", "8")
     # Without the dashboard's own files, which its process may still move.
     shutil.copytree(
         place / "runs" / "quickstart", place / "runs" / "my-protonet", ignore=shutil.ignore_patterns("wandb")
     )
-    assert "Paired differences" in run(place, starting_with("python -m app.compare")[0])
+    assert "Paired differences" in run_here(place, starting_with("python -m app.compare")[0])
     predict = starting_with("python -m app.predict")[0]
-    assert "class2" in run(place, predict)
+    assert "class2" in run_here(place, predict)
     # The tests above were of too few tasks to learn from.
     both = [f"runs/{name}" for name in ("quickstart", "my-protonet")]
     checkpoints = " ".join(f"{of}/checkpoints/best.ckpt" for of in both)
-    run(place, f"python -m app.evaluate --ckpt_path {checkpoints} --tasks 40")
+    run_here(place, f"python -m app.evaluate --ckpt_path {checkpoints} --tasks 40")
     folders = [f"{of}/evaluations/best-tasks-40" for of in both]
     for command in starting_with("python -m app.recommend"):
         runs = " ".join(shlex.split(command)[4:6])
-        assert "interval" in run(place, command.replace(runs, " ".join(folders)))
+        assert "interval" in run_here(place, command.replace(runs, " ".join(folders)))
 
 
 @pytest.mark.slow

@@ -160,10 +160,11 @@ class MetaboltCLI(LightningCLI):
 
     def yaml(self) -> str:
         """The complete configuration, which runs again as it is."""
-        config = self.config.clone()
-        for key in ("config", "ckpt_path", "debug", *(["stage"] if self.learns else [])):
-            config.pop(key, None)
-        return self.parser.dump(config, skip_none=False)
+        self._dump_config()  # once: every further one would take as long as building the learner
+        left_out = {"config", "ckpt_path", "debug", *(["stage"] if self.learns else [])}
+        kept = {key: value for key, value in self.config_dump.items() if key not in left_out}
+        header = "".join(f"# {line}\n" for line in self.parser.dump_header or ())
+        return header + yaml.safe_dump(kept, default_flow_style=False, allow_unicode=True, sort_keys=False)
 
     def take_from_data(self) -> None:
         """Fill in what is None in the model's settings and the data knows, see EpisodicDataModule.network_settings."""

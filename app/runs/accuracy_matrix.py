@@ -76,8 +76,8 @@ class Matrix:
         first = self.evaluations[0]
         numbers = [str(n) for n in first.facts["index"].tolist()]
         try:
-            rows = list(csv.DictReader((first.folder / TASKS_CSV).open(newline="")))
-            of_tasks = {row["task"]: row["classes"] for row in rows}
+            with (first.folder / TASKS_CSV).open(newline="") as file:
+                of_tasks = {row["task"]: row["classes"] for row in csv.DictReader(file)}
         except (OSError, LookupError, ValueError, csv.Error):  # it is for people, and may be gone
             return numbers
         return [f"{n}: {of_tasks[n]}" if n in of_tasks else n for n in numbers]

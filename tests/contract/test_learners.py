@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import json
+import logging
 import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
+from unittest import mock
 
 import pytest
 import pytorch_lightning as pl
@@ -17,10 +24,13 @@ from torch import Tensor
 import models
 from app.cli.builder import MetaboltCLI, main
 from app.evaluate import main as evaluate
+from app.plots import style
 from app.predict import main as predict
+from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Support
 from models.core.checkpoint_io import load_checkpoint
 from models.networks.batch_norm import BatchNorm, BatchNormMode
+from tests.support.drawing import sketch
 from tests.support.toy import ALGORITHMS, LEARNERS, NOISELESS, ToyImages, command, headline, train_for, weights
 
 RATE = 0.5
@@ -33,13 +43,34 @@ COUPLED = {
     "ProbabilisticTaskModel": ("--model.theme_rate", "0"),
     "SNAIL": ("--data.max_train_shots", "1"),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _sketches():
+    """Pictures are drawn, but of no pixels."""
+    with mock.patch.object(style, "save", sketch):
+        yield
+
+
 FEW_SHOT = pytest.mark.parametrize("name", ALGORITHMS)
 EVERY = pytest.mark.parametrize("name", LEARNERS)
 
 
-def learner(name: str, tmp_path, *flags: str) -> models.MetaLearner:
+@functools.cache
+def _built(name: str, *flags: str) -> tuple[models.MetaLearner, EpisodicDataModule]:
+    cli = MetaboltCLI(command(name, Path("runs"), *flags))
+    return cli.model, cli.datamodule
+
+
+def built(name: str, *flags: str) -> tuple[models.MetaLearner, EpisodicDataModule]:
+    """A learner as the command line builds it, and its data: copies, of what is built once for each choice of flags."""
+    found = copy.deepcopy(_built(name, *flags))
     torch.manual_seed(0)
-    return MetaboltCLI(command(name, tmp_path, *flags)).model
+    return found
+
+
+def learner(name: str, *flags: str) -> models.MetaLearner:
+    return built(name, *flags)[0]
 
 
 def task():
@@ -62,9 +93,9 @@ def test_says_what_it_is(algorithm):
 
 @FEW_SHOT
 @pytest.mark.parametrize(("ways", "shots", "queries"), [(4, 1, 1), (2, 3, 2)])
-def test_shapes_follow_the_task(name, ways, shots, queries, tmp_path):
+def test_shapes_follow_the_task(name, ways, shots, queries):
     """Catches logits in another order of axes, of the ways of meta-training for those of the task, or of no floats."""
-    model = learner(name, tmp_path).eval()
+    model = learner(name).eval()
     data = ToyImages(ways=ways, shots=shots, queries=queries)
     batch = data.on_device(data.distribution("train").sample([0, 1]))
     with torch.no_grad(), jaxtyped("context"):
@@ -78,9 +109,9 @@ def test_shapes_follow_the_task(name, ways, shots, queries, tmp_path):
 
 
 @FEW_SHOT
-def test_state_is_returned_not_stored(name, tmp_path):
+def test_state_is_returned_not_stored(name):
     """Catches state on self between support and query, which vmap and interleaved tasks would mix up."""
-    model = learner(name, tmp_path).eval()
+    model = learner(name).eval()
     t = task()
     before = copy.deepcopy({k: v for k, v in vars(model).items() if not k.startswith("_")})
     parameters = {n: p.clone() for n, p in model.state_dict().items()}
@@ -97,9 +128,9 @@ def test_state_is_returned_not_stored(name, tmp_path):
 
 @FEW_SHOT
 @pytest.mark.parametrize("batch_norm", get_args(BatchNormMode))
-def test_prediction_depends_on_other_queries_only_if_transductive(name, batch_norm, tmp_path):
+def test_prediction_depends_on_other_queries_only_if_transductive(name, batch_norm):
     """Catches batch statistics of the queries in a learner that says that it has none, and the reverse."""
-    model = learner(name, tmp_path, "--model.batch_norm", batch_norm).eval()
+    model = learner(name, "--model.batch_norm", batch_norm).eval()
     t = task()
     with torch.no_grad():
         state = model.adapt(t.support)
@@ -114,9 +145,9 @@ def test_prediction_depends_on_other_queries_only_if_transductive(name, batch_no
 
 
 @FEW_SHOT
-def test_order_of_the_support_set_does_not_matter(name, tmp_path):
+def test_order_of_the_support_set_does_not_matter(name):
     """Catches a learner that reads the support set as a sequence; shots are unequal."""
-    model = learner(name, tmp_path).eval()
+    model = learner(name).eval()
     t = task()
     keep = torch.tensor([0, 1, 2, 4])  # two, one and one shots
     with torch.no_grad():
@@ -129,9 +160,9 @@ def test_order_of_the_support_set_does_not_matter(name, tmp_path):
 
 
 @FEW_SHOT
-def test_labels_are_names_only(name, tmp_path):
+def test_labels_are_names_only(name):
     """Catches labels that carry meaning: with the head's rows permuted as the labels, predictions permute along."""
-    model = learner(name, tmp_path).eval()
+    model = learner(name).eval()
     t = task()
     order = torch.tensor([2, 0, 1])  # class k becomes order[k]
     with torch.no_grad():
@@ -143,9 +174,9 @@ def test_labels_are_names_only(name, tmp_path):
 
 
 @FEW_SHOT
-def test_evaluation_keeps_no_graph(name, tmp_path):
+def test_evaluation_keeps_no_graph(name):
     """Catches memory that grows through validation."""
-    model = learner(name, tmp_path).eval()
+    model = learner(name).eval()
     data = ToyImages(ways=3, queries=2)
     batch = data.on_device(data.distribution("val").sample(range(4)))
     with torch.inference_mode():
@@ -155,21 +186,69 @@ def test_evaluation_keeps_no_graph(name, tmp_path):
     assert states.compute()["tasks"] == 4
 
 
+SCHEDULE = ("--model.scheduler", "torch.optim.lr_scheduler.StepLR", "--model.scheduler.step_size", "4")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        run: its folder.
+        log: what was logged meanwhile.
+    """
+
+    run: Path
+    log: str
+
+    @property
+    def last(self) -> Path:
+        return self.run / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Callable[[str], Trained]:
+    """The run of a learner, made once for the tests that only read it: with a schedule and pictures; it is to be
+    stopped early, after two validations of which the second is no better by the least that counts."""
+    runs = tmp_path_factory.mktemp("trained")
+
+    @functools.cache
+    def run(name: str) -> Trained:
+        stopping = (
+            *("--trainer.callbacks", "pytorch_lightning.callbacks.EarlyStopping"),
+            *("--trainer.callbacks.monitor", f"val/{headline(name)}", "--trainer.callbacks.mode", "max"),
+            *("--trainer.callbacks.patience", "1", "--trainer.callbacks.min_delta", "1e6"),
+        )
+        torch.manual_seed(0)
+        log = io.StringIO()
+        handler = logging.StreamHandler(log)
+        logging.getLogger().addHandler(handler)
+        try:
+            main(command(name, runs, *SCHEDULE, *stopping, "--pictures", "true", steps=60))
+        finally:
+            logging.getLogger().removeHandler(handler)
+        return Trained(runs / name.lower(), log.getvalue())
+
+    return run
+
+
 @EVERY
-def test_trains_saves_loads_and_resumes_bit_for_bit(name, tmp_path, capsys):
+def test_early_stopping_stops(name, trained):
+    """Catches a callback that never sees the metric that it watches."""
+    assert load_checkpoint(trained(name).last)["global_step"] == 12
+
+
+@EVERY
+def test_trains_saves_loads_and_resumes_bit_for_bit(name, trained, tmp_path, capsys):
     """Catches state that a checkpoint lacks, repeated or skipped tasks, and a schedule or optimizer that restarts."""
-    whole = tmp_path / "whole"
-    schedule = ("--model.scheduler", "torch.optim.lr_scheduler.StepLR", "--model.scheduler.step_size", "4")
-    main(command(name, whole, *schedule))
-    halves = tmp_path / "halves"
-    main(command(name, halves, *schedule, steps=7))
-    main(command(name, halves, *schedule, "--ckpt_path", "last"))
-    folder = name.lower()
-    expected, got = (weights(r / folder / "checkpoints" / "last.ckpt") for r in (whole, halves))
+    whole = trained(name)
+    main(command(name, tmp_path, *SCHEDULE, steps=7))
+    main(command(name, tmp_path, *SCHEDULE, "--ckpt_path", "last"))
+    last = tmp_path / name.lower() / "checkpoints" / "last.ckpt"
+    expected, got = weights(whole.last), weights(last)
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[k], got[k]) for k in expected)
-    steps = load_checkpoint(halves / folder / "checkpoints" / "last.ckpt")["global_step"]
-    assert steps == 12
+    assert load_checkpoint(last)["global_step"] == 12
     assert headline(name) in capsys.readouterr().out
 
 
@@ -201,20 +280,19 @@ def test_trainer_features_take_effect(name, flags, tmp_path, plain, caplog):
     assert "not made" not in caplog.text
 
 
-def moved(name: str, tmp_path, *flags: str, steps: int = 1, **trainer) -> dict[str, torch.Tensor]:
+def moved(name: str, *flags: str, steps: int = 1, **trainer) -> dict[str, torch.Tensor]:
     """How far each parameter is from its start after so many meta-updates, by plain gradient descent in float64."""
-    torch.manual_seed(0)
-    cli = MetaboltCLI(command(name, tmp_path, *SGD, *flags))
-    model = cli.model.double()
+    model, data = built(name, *SGD, *flags)
+    model = model.double()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     pl.seed_everything(0)
-    train_for(model, cli.datamodule, steps, precision="64-true", **trainer)
+    train_for(model, data, steps, precision="64-true", **trainer)
     return {n: p.detach() - start[n] for n, p in model.named_parameters()}
 
 
 def refuses_manual(name: str, tmp_path, capsys, flag: str) -> bool:
     """Whether the learner takes optimizer steps of its own; then the flag is refused in one line."""
-    if learner(name, tmp_path).automatic_optimization:
+    if learner(name).automatic_optimization:
         return False
     with pytest.raises(SystemExit):
         main(command(name, tmp_path, flag, "2", steps=2))
@@ -228,10 +306,10 @@ def test_gradients_are_clipped_to_their_norm(name, tmp_path, capsys):
     shortened to the norm, in its own direction."""
     if refuses_manual(name, tmp_path, capsys, "--trainer.gradient_clip_val"):
         return
-    whole = moved(name, tmp_path)
+    whole = moved(name)
     norm = torch.stack([d.norm() for d in whole.values()]).norm() / RATE
     assert norm > 0
-    clipped = moved(name, tmp_path, gradient_clip_val=(norm / 3).item())
+    clipped = moved(name, gradient_clip_val=(norm / 3).item())
     for parameter, d in whole.items():
         torch.testing.assert_close(clipped[parameter], d / 3, rtol=1e-5, atol=1e-12, msg=parameter)
 
@@ -243,34 +321,20 @@ def test_accumulated_meta_batches_are_one(name, tmp_path, capsys):
     if refuses_manual(name, tmp_path, capsys, "--trainer.accumulate_grad_batches"):
         return
     flags = (*NOISELESS.get(name, ()), *COUPLED.get(name, ()))
-    halves = moved(name, tmp_path, *flags, "--data.meta_batch_size", "4", accumulate_grad_batches=2)
-    whole = moved(name, tmp_path, *flags, "--data.meta_batch_size", "8")
+    halves = moved(name, *flags, "--data.meta_batch_size", "4", accumulate_grad_batches=2)
+    whole = moved(name, *flags, "--data.meta_batch_size", "8")
     assert any(d.norm() > 0 for d in whole.values())
     for parameter, d in whole.items():
         torch.testing.assert_close(halves[parameter], d, rtol=1e-6, atol=1e-10, msg=parameter)
 
 
 @EVERY
-def test_early_stopping_stops(name, tmp_path):
-    """Catches a callback that never sees the metric that it watches."""
-    flags = (
-        *("--trainer.callbacks", "pytorch_lightning.callbacks.EarlyStopping"),
-        *("--trainer.callbacks.monitor", f"val/{headline(name)}", "--trainer.callbacks.mode", "max"),
-        *("--trainer.callbacks.patience", "1", "--trainer.callbacks.min_delta", "1e6"),
-    )
-    main(command(name, tmp_path, *flags, steps=60))
-    steps = load_checkpoint(tmp_path / name.lower() / "checkpoints" / "last.ckpt")["global_step"]
-    assert steps == 12
-
-
-@EVERY
-def test_evaluates_through_the_same_command(name, tmp_path, caplog):
+def test_evaluates_through_the_same_command(name, trained, tmp_path):
     """Catches a checkpoint that gives other metrics than its training's test, or in other batches, and pictures that
     fail."""
-    main(command(name, tmp_path, "--pictures", "true", steps=6))
-    run = tmp_path / name.lower()
+    run = trained(name).run
     assert (run / "results.png").exists() and list((run / "figures").glob("val_*.png"))
-    assert "not made" not in caplog.text
+    assert "not made" not in trained(name).log
     checkpoint = ["--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--out", str(tmp_path / "out")]
     evaluate([*checkpoint, "--data.init_args.eval_batch_size", "5"])
     first, again = (json.loads((f / "results.json").read_text())["metrics"] for f in (run, tmp_path / "out"))
@@ -280,11 +344,9 @@ def test_evaluates_through_the_same_command(name, tmp_path, caplog):
 
 
 @FEW_SHOT
-def test_predicts_labels_of_pictures(name, tmp_path):
+def test_predicts_labels_of_pictures(name, trained, tmp_path):
     """Catches a learner that cannot serve other ways and unequal shots than it was trained on."""
-    main(command(name, tmp_path, steps=2))
-    run = tmp_path / name.lower()
-    checkpoint = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--out", str(tmp_path / "out")]
+    checkpoint = ["--ckpt_path", str(trained(name).last), "--out", str(tmp_path / "out")]
     data = ToyImages(ways=4)
     images = data.classes("test").images
     for k in range(4):
@@ -302,7 +364,7 @@ def test_predicts_labels_of_pictures(name, tmp_path):
 
 
 @FEW_SHOT
-def test_shots_are_information_and_no_prior(name, tmp_path):
+def test_shots_are_information_and_no_prior(name):
     """Catches sums over shots where the paper has none to sum, and losses by which a class with more examples is the
     likelier: five shots must not be worse than one, and with five of one class and one of the others that class must
     not be called more often than the others. Without the weights by class it is called .55 (Reptile) to .99 (Baseline)
@@ -312,10 +374,10 @@ def test_shots_are_information_and_no_prior(name, tmp_path):
     flags += ["--model.inner_rate", "0.1"] if name == "LEO" else []
     # An optimizer may go uphill at first that is meta-trained for some steps by an estimate with noise.
     flags += NOISELESS[name] if name == "LearnedOptimizerPES" else []
-    cli = MetaboltCLI(command(name, tmp_path, *flags))
-    if cli.learns:
-        train_for(cli.model, cli.datamodule, 15)
-    model = cli.model.eval()
+    model, data = built(name, *flags)
+    if any(True for _ in model.parameters()):
+        train_for(model, data, 15)
+    model.eval()
     data = ToyImages(ways=3, shots=5, queries=4, meta_batch_size=2)
     tasks = data.on_device(data.distribution("test").sample(range(30)))
     right = dict.fromkeys(("one", "five", "unequal"), 0)
@@ -345,7 +407,7 @@ def test_shots_are_information_and_no_prior(name, tmp_path):
 def test_copies_and_pickles(name, tmp_path):
     """Catches a learner of the command line that holds its parser, or anything else that cannot be copied: weight
     averaging, and processes that are started otherwise, take copies."""
-    model = learner(name, tmp_path)
+    model = MetaboltCLI(command(name, tmp_path)).model
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other) is type(model)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
