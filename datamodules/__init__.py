@@ -1,6 +1,7 @@
 """One file per task distribution; each data module is found here by name."""
 
 from datamodules.continual.class_streams import ClassStreams
+from datamodules.continual.instance_streams import InstanceStreams
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support
 from datamodules.core.errors import DataError
@@ -40,6 +41,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HalfCheetahVelocity,
     HalfCheetahDirection,
     ClassStreams,
+    InstanceStreams,
 )
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolder",
     "ImageMixture",
+    "InstanceStreams",
     "Learn2LearnTasksets",
     "Linear",
     "Omniglot",

@@ -17,7 +17,9 @@ from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
 from models.continual.learner import ContinualLearner
+from models.continual.mann import MANN
 from models.continual.nearest_class_mean import NearestClassMean
+from models.continual.rare_events import RareEvents
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -31,7 +33,7 @@ from models.metric.protonet import ProtoNet
 from models.metric.relation_net import RelationNet
 from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, ResNet
 from models.networks.convolutional import ConvEncoder
-from models.networks.wrappers import Averaged, UnitLength
+from models.networks.wrappers import Averaged, Pixels, UnitLength
 from models.optimization.anil import ANIL
 from models.optimization.imaml import IMAML
 from models.optimization.learned_optimizer import LearnedOptimizer
@@ -105,6 +107,8 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ProbabilisticTaskModel,
     BiGAN,
     NearestClassMean,
+    MANN,
+    RareEvents,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -126,6 +130,7 @@ __all__ = [
     "IMAML",
     "LEO",
     "MAML",
+    "MANN",
     "MLP",
     "NP",
     "PEARL",
@@ -167,10 +172,12 @@ __all__ = [
     "NearestNeighbour",
     "Network",
     "NeuralStatistician",
+    "Pixels",
     "Pretrained",
     "ProbabilisticTaskModel",
     "ProtoNet",
     "PrototypeMean",
+    "RareEvents",
     "Rates",
     "RecurrentEncoder",
     "ReinforcementLearner",

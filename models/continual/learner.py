@@ -13,6 +13,7 @@ from datamodules.core.episodes import Support
 from models.core.chance import Chance
 from models.core.learner import MetaLearner
 from models.core.metrics import FINGERPRINT
+from models.core.task_kinds import TOLD
 from models.core.task_map import map_tasks
 from models.networks.batch_norm import normalize_by
 
@@ -171,7 +172,8 @@ class ContinualLearner(MetaLearner):
         found = self.followed(batch)
         facts = {**batch.task, FINGERPRINT: batch.fingerprint()} if stage == "test" else None
         kept = {"matrix": found["matrix"]} if stage == "test" else None
-        self.stage_metrics(stage).update(batch.index, stream_metrics(found), facts, kept)
+        metrics = stream_metrics(found) | by_instance(found["online"], batch.y)
+        self.stage_metrics(stage).update(batch.index, metrics, facts, kept)
 
 
 def correct(prediction: Tensor, target: Tensor) -> Tensor:
@@ -181,6 +183,29 @@ def correct(prediction: Tensor, target: Tensor) -> Tensor:
     """
     most, label = prediction.max(-1)
     return ((label == target) & (most > -torch.inf)).float()
+
+
+def by_instance(online: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Accuracy on an example before its label is told, by how often its class has been met (Santoro et al. 2016).
+
+    Args:
+        online: (T, J), of experiences of one example each.
+        y: (T, J, 1) int64; every class comes as often.
+
+    Returns:
+        instances, (T, K), for the first to the K-th example of a class, and some of them by themselves; nothing where
+        experiences have more examples than one or no class returns.
+    """
+    if y.shape[2] != 1 or y.is_floating_point():
+        return {}
+    same = y == y[..., 0][:, None]  # (T, J, J)
+    instance = same.tril(-1).sum(-1)
+    most = int(instance.max()) + 1
+    if most == 1:
+        return {}
+    of = instance[..., None] == torch.arange(most, device=y.device)
+    curve = (online[..., None] * of).sum(1) / of.sum(1)
+    return {"instances": curve} | {f"instance_{k}": curve[:, k - 1] for k in TOLD if k <= most}
 
 
 def stream_metrics(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ class TaskKind:
     panels: tuple[str, ...]
 
 
+TOLD = (1, 2, 3, 5, 10)  # instances of a returning class that have a metric of their own
+
 KINDS: Mapping[str, TaskKind] = {
     "classification": TaskKind(
         "accuracy",
@@ -72,6 +74,8 @@ KINDS: Mapping[str, TaskKind] = {
             "forgetting": Metric("lower", "forgetting", share=True),
             "forward_transfer": Metric("higher", "forward transfer", share=True),
             "online": Metric("higher", "accuracy on an experience before it is learned", share=True),
+            **{f"instance_{k}": Metric("higher", f"accuracy at instance {k} of a class", share=True) for k in TOLD},
+            "instances": Metric("higher", curve=True),
             "accuracies": Metric("higher", curve=True),
             "learned_accuracies": Metric("higher", curve=True),
         },

@@ -8,7 +8,7 @@ from torch import Tensor
 from datamodules.core.errors import at_least
 from datamodules.core.streams import TaskStreams
 from datamodules.images.augmentation import Warp, moved
-from models.networks.backbones import Backbone
+from models.networks.backbones import Backbone, given
 
 
 class Around(Backbone):
@@ -18,6 +18,28 @@ class Around(Backbone):
         super().__init__()
         self.backbone = backbone
         self.input_shape, self.out_features, self.maps = backbone.input_shape, backbone.out_features, backbone.maps
+
+
+class Pixels(Backbone):
+    """An image's pixels as its features, without a parameter: averaged to a smaller size, if asked for.
+
+    Args:
+        size: height and width in pixels that images are averaged to; None leaves them.
+        in_channels, image_size: of the input; None for those of a run's data.
+    """
+
+    def __init__(self, size: int | None = None, in_channels: int | None = None, image_size: int | None = None) -> None:
+        super().__init__()
+        channels, given_size = given(in_channels, 1), given(image_size, 28)
+        self.size = given_size if size is None else size
+        at_least(1, size=self.size)
+        self.input_shape = (channels, given_size, given_size)
+        self.out_features = channels * self.size**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size != x.shape[-1]:
+            x = F.interpolate(x, (self.size, self.size), mode="area")
+        return x.flatten(1)
 
 
 class UnitLength(Around):

@@ -230,7 +230,21 @@ STREAMS = [
     *("--data", "datamodules.ClassStreams", "--data.source", "tests.support.toy.ToyImages", "--data.experiences", "4"),
     *("--data.shots", "2", "--data.queries", "2", "--data.train_experiences", "3", "--data.meta_batch_size", "4"),
 ]
-CONTINUAL = {"NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS]}
+INSTANCES = [
+    *("--data", "datamodules.InstanceStreams", "--data.source", "tests.support.toy.ToyImages", "--data.ways", "3"),
+    *("--data.instances", "3", "--data.meta_batch_size", "4"),
+]
+CONTINUAL = {
+    "NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS],
+    "MANN": [
+        *("--model", "models.MANN", "--model.backbone", "models.Pixels", "--model.backbone.size", "4"),
+        *("--model.backbone.image_size", "16", "--model.slots", "7", "--model.width", "5", "--model.heads", "2"),
+        *("--model.hidden", "16", "--model.ways", "3", *INSTANCES),
+    ],
+    "RareEvents": [
+        *("--model", "models.RareEvents", *BACKBONE, "--model.size", "6", "--model.slots", "8", *INSTANCES),
+    ],
+}
 LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL
 # What has nothing to train.
 STRATEGIES = {
