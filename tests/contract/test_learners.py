@@ -311,7 +311,8 @@ def test_gradients_are_clipped_to_their_norm(name, tmp_path, capsys):
     assert norm > 0
     clipped = moved(name, gradient_clip_val=(norm / 3).item())
     for parameter, d in whole.items():
-        torch.testing.assert_close(clipped[parameter], d / 3, rtol=1e-5, atol=1e-12, msg=parameter)
+        shortened = d / 3 * norm / (norm + 1e-6)  # as torch has it, which matters where gradients are small
+        torch.testing.assert_close(clipped[parameter], shortened, rtol=1e-5, atol=1e-12, msg=parameter)
 
 
 @EVERY
