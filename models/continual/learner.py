@@ -15,7 +15,7 @@ from models.core.learner import MetaLearner
 from models.core.metrics import FINGERPRINT
 from models.core.task_kinds import TOLD
 from models.core.task_map import map_tasks
-from models.networks.batch_norm import normalize_by
+from models.networks.batch_norm import BatchNormMode, normalize_by
 
 ENCODED_AT_ONCE = 4_000_000  # elements of inputs
 
@@ -51,9 +51,21 @@ class ContinualLearner(MetaLearner):
     Each is for ONE stream, mapped over by ``vmap``: the state is returned, never kept on ``self``, and holds tensors
     alone, of shapes that no experience changes. Where the learner is meta-trained it overrides ``objective``, of a
     Stream whose queries are those of its experiences, then what is remembered (see ``queries``).
+
+    Args:
+        batch_norm: "running" or "none" where inputs are encoded.
+        **others: see MetaLearner.
     """
 
     tasks = frozenset({"stream"})
+
+    def __init__(self, batch_norm: BatchNormMode = "running", **others: Any) -> None:
+        super().__init__(batch_norm=batch_norm, **others)
+        if type(self).encode is not ContinualLearner.encode and batch_norm not in ("running", "none"):
+            raise ValueError(
+                f"batch_norm is {batch_norm} but {type(self).__name__} encodes the inputs of all streams together, "
+                "none of which may depend on another: set it to running or none"
+            )
 
     # What an algorithm overrides ------------------------------------------------------------------------------------
 

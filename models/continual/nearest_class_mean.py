@@ -13,7 +13,6 @@ from models.continual.learner import ContinualLearner
 from models.core.chance import Chance
 from models.core.learner import Paper
 from models.networks.backbones import Backbone
-from models.networks.batch_norm import BatchNormMode
 
 
 class ClassSums(NamedTuple):
@@ -42,8 +41,8 @@ class NearestClassMean(ContinualLearner):
         "https://doi.org/10.1109/TPAMI.2013.83",
     )
 
-    def __init__(self, backbone: Backbone, batch_norm: BatchNormMode = "running", **others: Any) -> None:
-        super().__init__(batch_norm=batch_norm, **others)
+    def __init__(self, backbone: Backbone, **others: Any) -> None:
+        super().__init__(**others)
         self.backbone = backbone
 
     def check(self, data: EpisodicDataModule) -> str | None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -92,6 +93,19 @@ def test_metrics_are_those_of_the_matrix():
     torch.testing.assert_close(metrics["learned"], torch.tensor(acc + 0.01))
     torch.testing.assert_close(metrics["online"], torch.tensor(0.3))
     torch.testing.assert_close(metrics["accuracies"], torch.tensor([0.9, (0.95 + 0.7) / 2, acc]))
+
+
+def test_streams_do_not_normalise_each_other():
+    """Catches predictions on a stream that depend on the other streams of its meta-batch."""
+
+    class Encoding(Forgetful):
+        def encode(self, inputs: Tensor) -> Tensor:
+            return 2 * inputs
+
+    with pytest.raises(ValueError, match="encodes the inputs of all streams together"):
+        Encoding(batch_norm="transductive")
+    assert Encoding().batch_norm == "running"
+    assert Forgetful(batch_norm="transductive").batch_norm == "transductive"
 
 
 def test_nothing_predicted_is_wrong():
