@@ -18,6 +18,7 @@ from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
 from models.continual.learner import ContinualLearner
 from models.continual.nearest_class_mean import NearestClassMean
+from models.continual.oml import OML
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -29,7 +30,7 @@ from models.memory.snail import SNAIL
 from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
 from models.metric.relation_net import RelationNet
-from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, ResNet
+from models.networks.backbones import MLP, Conv2, Conv4, ConvNet, Learn2Learn, Network, ResNet
 from models.networks.convolutional import ConvEncoder
 from models.networks.wrappers import Averaged, UnitLength
 from models.optimization.anil import ANIL
@@ -105,6 +106,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ProbabilisticTaskModel,
     BiGAN,
     NearestClassMean,
+    OML,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -128,6 +130,7 @@ __all__ = [
     "MAML",
     "MLP",
     "NP",
+    "OML",
     "PEARL",
     "RL2",
     "SNAIL",
@@ -146,6 +149,7 @@ __all__ = [
     "Conv2",
     "Conv4",
     "ConvEncoder",
+    "ConvNet",
     "EmbeddingRows",
     "Experts",
     "GaussianProcess",

@@ -86,7 +86,7 @@ class ContinualLearner(MetaLearner):
         *further: Tensor,
         chunk: int | None = None,
     ) -> Any:
-        """``map`` with ``encoded`` (P, …) in the place of the streams' inputs."""
+        """``map`` with ``encoded`` (P, …) in the place of the streams' inputs, ``chunk`` streams at once, None: all."""
         s = streams
         none = s.rows.new_zeros(len(s), 0)
         remembered = (none, s.y.new_zeros(len(s), 0, *s.y.shape[3:]))
@@ -101,7 +101,7 @@ class ContinualLearner(MetaLearner):
 
         tensors = (s.rows, s.y, s.query_rows, s.query_y, *remembered, s.key, *further)
         randomness = "different" if self.training else "same"
-        return map_tasks(one, *tensors, chunk=self.chunk or len(s), randomness=randomness)
+        return map_tasks(one, *tensors, chunk=self.chunk or chunk or len(s), randomness=randomness)
 
     def queries(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """What a stream's end is measured on in meta-training: queries of all experiences, then what is remembered."""
@@ -161,7 +161,12 @@ class ContinualLearner(MetaLearner):
                         found[name].append(torch.cat([self._right(state, x[: j + 1], y[: j + 1]), to_come]))
             return {"first": first, **{name: torch.stack(values) for name, values in found.items()}}
 
-        return self.map_encoded(one, self.encoded(streams), streams)
+        return self.map_encoded(one, self.encoded(streams), streams, chunk=self.followed_at_once)
+
+    @property
+    def followed_at_once(self) -> int | None:
+        """How many streams are followed together in evaluation; None: all of a batch."""
+        return None
 
     def _right(self, state: Any, x: Tensor, y: Tensor) -> Tensor:
         """The share of right predictions of each experience, (J,), of inputs (J, N, …)."""
@@ -171,7 +176,11 @@ class ContinualLearner(MetaLearner):
         found = self.followed(batch)
         facts = {**batch.task, FINGERPRINT: batch.fingerprint()} if stage == "test" else None
         kept = {"matrix": found["matrix"]} if stage == "test" else None
-        self.stage_metrics(stage).update(batch.index, stream_metrics(found), facts, kept)
+        self.stage_metrics(stage).update(batch.index, self.metrics_of_streams(found), facts, kept)
+
+    def metrics_of_streams(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is measured of each stream, from what was found along it."""
+        return stream_metrics(found)
 
 
 def correct(prediction: Tensor, target: Tensor) -> Tensor:

@@ -230,7 +230,16 @@ STREAMS = [
     *("--data", "datamodules.ClassStreams", "--data.source", "tests.support.toy.ToyImages", "--data.experiences", "4"),
     *("--data.shots", "2", "--data.queries", "2", "--data.train_experiences", "3", "--data.meta_batch_size", "4"),
 ]
-CONTINUAL = {"NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS]}
+REMEMBERING = [*STREAMS, "--data.remember", "3", "--data.remember_from", "others"]
+CONV_NET = [
+    *("--model.backbone", "models.ConvNet", "--model.backbone.hidden", "6", "--model.backbone.image_size", "16"),
+    *("--model.backbone.strides", "[2, 2, 2]"),
+]
+RATES = ["--model.eval_rates", "[0.001, 0.01]"]
+CONTINUAL = {
+    "NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS],
+    "OML": ["--model", "models.OML", *CONV_NET, *RATES, *REMEMBERING],
+}
 LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL
 # What has nothing to train.
 STRATEGIES = {
