@@ -16,6 +16,10 @@ from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
+from models.continual.alpaca import ALPaCA
+from models.continual.anml import ANML
+from models.continual.fine_tune import FineTune
+from models.continual.gemcl import GeMCL
 from models.continual.learner import ContinualLearner
 from models.continual.nearest_class_mean import NearestClassMean
 from models.continual.oml import OML
@@ -107,6 +111,10 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     BiGAN,
     NearestClassMean,
     OML,
+    ANML,
+    GeMCL,
+    ALPaCA,
+    FineTune,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -119,6 +127,7 @@ __all__ = [
     "ALFA",
     "ALGORITHMS",
     "ANIL",
+    "ANML",
     "ANP",
     "BMAML",
     "CAML",
@@ -137,6 +146,7 @@ __all__ = [
     "STRATEGIES",
     "TADAM",
     "TNP",
+    "ALPaCA",
     "Attenuation",
     "Averaged",
     "BanditStrategy",
@@ -152,7 +162,9 @@ __all__ = [
     "ConvNet",
     "EmbeddingRows",
     "Experts",
+    "FineTune",
     "GaussianProcess",
+    "GeMCL",
     "GradientMeans",
     "GradientPCA",
     "Learn2Learn",

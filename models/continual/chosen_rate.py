@@ -93,8 +93,11 @@ class ChosenRate(ContinualLearner):
                 super().evaluation_step(batch, _stage(place))
 
     def metrics_of_streams(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        rate = found["matrix"].new_full(found["matrix"].shape[:1], self.eval_rate)
-        return super().metrics_of_streams(found) | {"eval_rate": rate}
+        return super().metrics_of_streams(found) | self.metrics_of_rate(found["matrix"])
+
+    def metrics_of_rate(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The rate of each stream, of accuracies (T, …)."""
+        return {"eval_rate": matrix.new_full(matrix.shape[:1], self.eval_rate)}
 
     def on_validation_epoch_end(self) -> None:
         if len(self.eval_rates) > 1:

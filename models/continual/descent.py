@@ -55,6 +55,16 @@ class Descent(NamedTuple):
         return Descent(parameters, mean, square, steps)
 
 
+def drawn(chance: Chance, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Chance]:
+    """New weights (outputs, *inputs) of the dtype of ``like``, and the chance after them.
+
+    They are normal of variance 2 / inputs (He et al., ICCV 2015).
+    """
+    uniform, chance = chance.uniform(2, *shape)
+    radius = (-2 * torch.log1p(-uniform[0])).sqrt() * math.sqrt(2 / math.prod(shape[1:]))  # Box and Muller, 1958
+    return (radius * torch.cos(2 * math.pi * uniform[1])).to(like), chance
+
+
 # A linear head is one matrix (classes, features + 1), whose last column is the bias: features have a 1 at their end.
 
 
@@ -64,13 +74,8 @@ def with_one(features: Tensor) -> Tensor:
 
 
 def drawn_head(chance: Chance, classes: int, features: int, like: Tensor) -> tuple[Tensor, Chance]:
-    """A new head (classes, features + 1) of the dtype of ``like``, and the chance after it.
-
-    Weights are normal of variance 2 / features (He et al., ICCV 2015), biases 0.
-    """
-    uniform, chance = chance.uniform(2, classes, features)
-    radius = (-2 * torch.log1p(-uniform[0])).sqrt() * math.sqrt(2 / features)  # Box and Muller, 1958
-    weight = (radius * torch.cos(2 * math.pi * uniform[1])).to(like)
+    """A new head (classes, features + 1) of the dtype of ``like``, its biases 0, and the chance after it."""
+    weight, chance = drawn(chance, (classes, features), like)
     return torch.cat([weight, torch.zeros_like(weight[:, :1])], 1), chance
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class ContinualLearner(MetaLearner):
     """
 
     tasks = frozenset({"stream"})
+    asks_learned: ClassVar[bool] = False
+    """Whether a stream's end is measured in meta-training also on the examples that it taught."""
 
     # What an algorithm overrides ------------------------------------------------------------------------------------
 
@@ -104,13 +106,20 @@ class ContinualLearner(MetaLearner):
         return map_tasks(one, *tensors, chunk=self.chunk or chunk or len(s), randomness=randomness)
 
     def queries(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """What a stream's end is measured on in meta-training: queries of all experiences, then what is remembered."""
-        x = torch.cat([stream.query_x.flatten(0, 1), stream.remembered_x])
-        return x, torch.cat([stream.query_y.flatten(0, 1), stream.remembered_y])
+        """What a stream's end is measured on in meta-training: queries of all experiences, then what is remembered.
+
+        Before them what was learned, where the learner ``asks_learned``.
+        """
+        x, y = [stream.query_x.flatten(0, 1), stream.remembered_x], [stream.query_y.flatten(0, 1), stream.remembered_y]
+        if self.asks_learned:
+            x, y = [stream.x.flatten(0, 1), *x], [stream.y.flatten(0, 1), *y]
+        return torch.cat(x), torch.cat(y)
 
     def targets(self, batch: Streams) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        own = batch.query_y.flatten(1, 2)
-        return own if batch.remembered_y is None else torch.cat([own, batch.remembered_y], 1)
+        own = [batch.query_y.flatten(1, 2)]
+        if self.asks_learned:
+            own = [batch.y.flatten(1, 2), *own]
+        return torch.cat(own if batch.remembered_y is None else [*own, batch.remembered_y], 1)
 
     def objective(self, task: Stream) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One stream's part of the meta-objective: the mean loss at its end, over the ``queries``."""

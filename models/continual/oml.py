@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.continual.descent import StreamOptimizer, all_slopes, with_one
-from models.continual.head_learner import RATES, HeadLearner
+from models.continual.descent import all_slopes, with_one
+from models.continual.head_learner import HeadLearner
 from models.continual.learner import Stream
 from models.core.learner import Paper
 from models.networks.backbones import Backbone
-from models.networks.batch_norm import BatchNormMode, normalize_by
+from models.networks.batch_norm import normalize_by
 
 
 class OML(HeadLearner):
@@ -30,9 +29,7 @@ class OML(HeadLearner):
         inner_rate: α, the rate of the steps in meta-training.
         first_order: take the steps' gradients as constants.
         redraw: the head's rows of a stream's classes anew; otherwise they are those that were meta-learned.
-        eval_rates: what meta-validation chooses the rate on a stream from, see ChosenRate.
-        eval_optimizer: of the steps on a stream of evaluation: "adam" as the reference code, or "sgd".
-        batch_norm, **others: see MetaLearner.
+        **others: see HeadLearner and MetaLearner.
     """
 
     paper = Paper(
@@ -50,12 +47,9 @@ class OML(HeadLearner):
         inner_rate: float = 0.03,
         first_order: bool = False,
         redraw: bool = True,
-        eval_rates: Sequence[float] = RATES,
-        eval_optimizer: StreamOptimizer = "adam",
-        batch_norm: BatchNormMode = "running",
         **others: Any,
     ) -> None:
-        super().__init__(backbone, classes, eval_rates, eval_optimizer, batch_norm=batch_norm, **others)
+        super().__init__(backbone, classes, **others)
         if inner_rate < 0:
             raise ValueError(f"inner_rate is {inner_rate} but must be at least 0")
         self.inner_rate, self.first_order, self.redraw = inner_rate, first_order, redraw
@@ -63,7 +57,7 @@ class OML(HeadLearner):
     def objective(self, task: Stream) -> tuple[Tensor, Tensor]:
         x, y, (query_x, query_y) = task.x.flatten(0, 1), task.y.flatten(), self.queries(task)
         with normalize_by(self.statistics_source):
-            features = with_one(self.learner.backbone(torch.cat([x, query_x])))
+            features = with_one(self.features(torch.cat([x, query_x])))
         learned, asked = features[: len(x)], features[len(x) :]
         head = self.redrawn(task) if self.redraw else self.head
         if self.first_order:

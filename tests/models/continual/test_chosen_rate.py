@@ -14,6 +14,7 @@ from datamodules.core.errors import ConfigError
 from models.core.checkpoint_io import load_checkpoint
 from tests.support.toy import command
 
+
 def run(tmp_path: Path, *flags: str) -> Path:
     main([*command("OML", tmp_path, steps=6), *flags])
     return tmp_path / "oml"

@@ -90,7 +90,7 @@ def test_first_step_of_sgd_by_hand():
 
 
 def test_heads_are_drawn_as_he_et_al():
-    """Catches another variance, a distribution that is not normal, biases that are drawn, and a head for all streams."""
+    """Catches another variance, a distribution that is not normal, drawn biases, and one head for all streams."""
     head, after = drawn_head(Chance.of(torch.tensor(11)), 50, 200, torch.zeros((), dtype=torch.float64))
     assert (head[:, -1] == 0).all()
     weights = head[:, :-1].flatten().numpy()
