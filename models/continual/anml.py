@@ -92,7 +92,7 @@ class ANML(HeadLearner):
         learned_y = task.y.flatten()
         with normalize_by(self.statistics_source):
             prepared = self.prepared(inputs)
-        parameters = dict(self.learner.named_parameters())
+        parameters: Parameters = dict(self.learner.named_parameters())
         if self.redraw:
             parameters |= split_head(self.redrawn(task))
 

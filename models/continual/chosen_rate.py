@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class ChosenRate(ContinualLearner):
 
     Of several rates each meta-validation follows its streams at every one, and keeps that with the best accuracy on
     examples that were not learned; its metrics are the validation's. No test stream has a part in it. The choice is in
-    the checkpoint: a test, or ``app.evaluate``, has it from there, unless it is given one rate alone.
+    the checkpoint: a test, or ``app.evaluate``, has it from there, unless it is given one rate alone. Where it is given
+    several others, or no validation came before it, it begins with following the streams of meta-validation.
 
     Args:
         eval_rates: what meta-validation chooses from; one is taken as it is.
@@ -55,21 +56,19 @@ class ChosenRate(ContinualLearner):
         Raises:
             ConfigError: there are several, and no validation chose one of them.
         """
-        if self._tried is not None:
-            return self._tried
-        if len(self.eval_rates) == 1:
-            return self.eval_rates[0]
-        chosen = float(self.chosen_rate)
-        if same := [rate for rate in self.eval_rates if abs(chosen / rate - 1) < SAME]:
-            return same[0]
-        why = f"meta-validation chose {chosen:.6g}" if chosen else "no meta-validation chose one"
-        raise ConfigError(
-            f"eval_rates is {list(self.eval_rates)} but {why}: give one, --model.init_args.eval_rates [{self._middle}]"
-        )
+        rate = self._tried or self._settled
+        if rate is None:
+            raise ConfigError(
+                f"eval_rates is {list(self.eval_rates)} but no meta-validation chose one of them: give one"
+            )
+        return rate
 
     @property
-    def _middle(self) -> float:
-        return self.eval_rates[len(self.eval_rates) // 2]
+    def _settled(self) -> float | None:
+        """What there is no choice of, or what was chosen, unless it is none of those that are given now."""
+        if len(self.eval_rates) == 1:
+            return self.eval_rates[0]
+        return next((rate for rate in self.eval_rates if abs(float(self.chosen_rate) / rate - 1) < SAME), None)
 
     @contextmanager
     def at_rate(self, rate: float) -> Iterator[None]:
@@ -99,19 +98,32 @@ class ChosenRate(ContinualLearner):
         """The rate of each stream, of accuracies (T, …)."""
         return {"eval_rate": matrix.new_full(matrix.shape[:1], self.eval_rate)}
 
+    def choose(self) -> None:
+        """Take the best of the rates at which streams of meta-validation were followed, and its metrics."""
+        tried = [self.stage_metrics(_stage(place)) for place in range(len(self.eval_rates))]
+        accuracies = [metrics.compute()["accuracy"] for metrics in tried]  # over all processes
+        best = max(range(len(tried)), key=lambda place: accuracies[place])
+        self.chosen_rate.fill_(self.eval_rates[best])
+        unused = self.stage_metrics("val")
+        self.metrics["val_tasks"], self.metrics[f"{_stage(best)}_tasks"] = tried[best], unused
+        for place in range(len(tried)):
+            self.stage_metrics(_stage(place)).reset()
+
     def on_validation_epoch_end(self) -> None:
         if len(self.eval_rates) > 1:
-            tried = [self.stage_metrics(_stage(place)) for place in range(len(self.eval_rates))]
-            accuracies = [metrics.compute()["accuracy"] for metrics in tried]  # over all processes
-            best = max(range(len(tried)), key=lambda place: accuracies[place])
-            self.chosen_rate.fill_(self.eval_rates[best])
-            self.metrics["val_tasks"], self.metrics[f"{_stage(best)}_tasks"] = (
-                cast(TaskMetrics, tried[best]),
-                self.stage_metrics("val"),
-            )
-            for place in range(len(tried)):
-                self.stage_metrics(_stage(place)).reset()
+            self.choose()
         super().on_validation_epoch_end()
+
+    def on_test_epoch_start(self) -> None:
+        super().on_test_epoch_start()
+        if self._settled is not None:
+            return
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        with self.trainer.precision_plugin.forward_context():
+            for batch in data.val_dataloader():
+                self.evaluation_step(data.on_after_batch_transfer(batch.to(self.device), 0), "val")
+        self.choose()
+        self.stage_metrics("val").reset()
 
 
 def _stage(place: int) -> str:
