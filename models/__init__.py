@@ -16,9 +16,14 @@ from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
+from models.continual.alpaca import ALPaCA
+from models.continual.anml import ANML
+from models.continual.fine_tune import FineTune
+from models.continual.gemcl import GeMCL
 from models.continual.learner import ContinualLearner
 from models.continual.mann import MANN
 from models.continual.nearest_class_mean import NearestClassMean
+from models.continual.oml import OML
 from models.continual.rare_events import RareEvents
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
@@ -31,7 +36,7 @@ from models.memory.snail import SNAIL
 from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
 from models.metric.relation_net import RelationNet
-from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, ResNet
+from models.networks.backbones import MLP, Conv2, Conv4, ConvNet, Learn2Learn, Network, ResNet
 from models.networks.convolutional import ConvEncoder
 from models.networks.wrappers import Averaged, Pixels, UnitLength
 from models.optimization.anil import ANIL
@@ -109,6 +114,11 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NearestClassMean,
     MANN,
     RareEvents,
+    OML,
+    ANML,
+    GeMCL,
+    ALPaCA,
+    FineTune,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -121,6 +131,7 @@ __all__ = [
     "ALFA",
     "ALGORITHMS",
     "ANIL",
+    "ANML",
     "ANP",
     "BMAML",
     "CAML",
@@ -133,12 +144,14 @@ __all__ = [
     "MANN",
     "MLP",
     "NP",
+    "OML",
     "PEARL",
     "RL2",
     "SNAIL",
     "STRATEGIES",
     "TADAM",
     "TNP",
+    "ALPaCA",
     "Attenuation",
     "Averaged",
     "BanditStrategy",
@@ -151,9 +164,12 @@ __all__ = [
     "Conv2",
     "Conv4",
     "ConvEncoder",
+    "ConvNet",
     "EmbeddingRows",
     "Experts",
+    "FineTune",
     "GaussianProcess",
+    "GeMCL",
     "GradientMeans",
     "GradientPCA",
     "Learn2Learn",

@@ -234,6 +234,12 @@ INSTANCES = [
     *("--data", "datamodules.InstanceStreams", "--data.source", "tests.support.toy.ToyImages", "--data.ways", "3"),
     *("--data.instances", "3", "--data.meta_batch_size", "4"),
 ]
+REMEMBERING = [*STREAMS, "--data.remember", "3", "--data.remember_from", "others"]
+CONV_NET = [
+    *("--model.backbone", "models.ConvNet", "--model.backbone.hidden", "6", "--model.backbone.image_size", "16"),
+    *("--model.backbone.strides", "[2, 2, 2]"),
+]
+RATES = ["--model.eval_rates", "[0.001, 0.01]"]
 CONTINUAL = {
     "NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS],
     "MANN": [
@@ -244,6 +250,16 @@ CONTINUAL = {
     "RareEvents": [
         *("--model", "models.RareEvents", *BACKBONE, "--model.size", "6", "--model.slots", "8", *INSTANCES),
     ],
+    "OML": ["--model", "models.OML", *CONV_NET, *RATES, *REMEMBERING],
+    "ANML": [
+        *("--model", "models.ANML", *CONV_NET, *RATES, "--model.modulator", "models.ConvNet"),
+        *("--model.modulator.hidden", "4", "--model.modulator.image_size", "16", "--model.modulator.pooled", "2"),
+        *("--model.modulator.strides", "[2, 1]", "--model.modulator.instance_norm", "true"),
+        *(*REMEMBERING, "--data.remember_from", "all", "--data.train_experiences", "1", "--data.train_queries", "0"),
+    ],
+    "GeMCL": ["--model", "models.GeMCL", *BACKBONE, *STREAMS],
+    "ALPaCA": ["--model", "models.ALPaCA", *BACKBONE, *STREAMS, "--data.own_labels", "false"],
+    "FineTune": ["--model", "models.FineTune", *CONV_NET, *RATES, "--model.eval_adapts", "network", *STREAMS],
 }
 LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL
 # What has nothing to train.

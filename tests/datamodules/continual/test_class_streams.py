@@ -89,6 +89,39 @@ def test_meta_training_has_the_classes_own_labels_and_remembers():
     assert streams(**settings).distribution("test").sample([0]).remembered_rows is None
 
 
+def test_meta_training_may_label_by_place():
+    """Catches labels beyond the number of classes, and other images for other labels."""
+    settings = {"train_experiences": 4, "train_shots": 2}
+    batch = streams(**settings, own_labels=False).distribution("train").sample(range(5))
+    assert batch.classes == 4 and (batch.y == torch.arange(4)[:, None]).all()
+    assert torch.equal(batch.query_y[..., 0], torch.arange(4).expand(5, -1))
+    own = streams(**settings).distribution("train").sample(range(5))
+    assert torch.equal(batch.rows, own.rows) and torch.equal(batch.key, own.key)
+    with pytest.raises(ValueError, match="own_labels is false but remember is 1"):
+        streams(**settings, own_labels=False, remember=1)
+
+
+def test_meta_validation_may_be_of_fewer_experiences():
+    """Catches validation streams of the test's length, with its points beyond their end or without that."""
+    data = streams(experiences=8, val_experiences=5, points=[2, 5, 6])
+    val, test = (data.distribution(split).sample([0]) for split in ("val", "test"))
+    assert (val.experiences, val.points) == (5, (2, 5)) and (test.experiences, test.points) == (8, (2, 5, 6, 8))
+    assert data.task_shape()["experiences"] == 8
+    with pytest.raises(DataError, match="lower val_experiences to 9"):
+        streams(val_experiences=10).distribution("val")
+
+
+def test_data_tells_how_many_classes_a_head_has_rows_for():
+    """Catches the classes of another split, and data that is not there yet taken for none."""
+    assert streams().network_settings()["classes"] == 9
+
+    class Missing(Numbered):
+        def classes(self, split: str) -> ImageClasses:
+            raise DataError("not there")
+
+    assert "classes" not in ClassStreams(Missing(), 5, 3, 2).network_settings()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
