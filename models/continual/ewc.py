@@ -41,7 +41,7 @@ class EWC(OnlineSGD):
         backbone: see OnlineSGD.
         penalty: λ.
         form: "separate" is the paper's, a penalty around the end of each experience; "online" has one penalty around
-            the end of the last, with γ times what was before (Schwarz et al., ICML 2018, eqs. 8 and 9).
+            the end of the last, with γ times what was before (Schwarz et al., ICML 2018).
         decay: γ, of "online".
         fisher_examples: of each experience, its first, that F is measured on.
         **others: see OnlineSGD.

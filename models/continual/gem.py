@@ -57,7 +57,7 @@ def nonnegative_quadratic(p: Tensor, q: Tensor) -> Tensor:
 
 
 def projected(gradient: Tensor, others: Tensor, there: Tensor, margin: float = 0.0) -> Tensor:
-    """The nearest to a gradient (n,) that goes against none of others (K, n): GEM's eqs. 10 to 12.
+    """The nearest to a gradient (n,) that goes against none of others (K, n): GEM's quadratic program, by its dual.
 
     Args:
         gradient: g.
@@ -77,7 +77,7 @@ def projected(gradient: Tensor, others: Tensor, there: Tensor, margin: float = 0
 
 
 class AGEM(OnlineSGD):
-    """The gradient may not go against that of a batch from the memory of all earlier experiences (eqs. 10 and 11).
+    """The gradient may not go against that of a batch from the memory of all earlier experiences (section 4).
 
     The last examples of each experience are kept, as many of each.
 
@@ -138,7 +138,7 @@ class AGEM(OnlineSGD):
 
 
 class GEM(AGEM):
-    """The gradient may go against that of no earlier experience's memory (Lopez-Paz and Ranzato 2017, eqs. 6 to 12).
+    """The gradient may go against that of no earlier experience's memory (Lopez-Paz and Ranzato 2017, section 3).
 
     Args:
         backbone: see OnlineSGD.

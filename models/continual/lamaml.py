@@ -47,9 +47,9 @@ class LaMAML(OnlineSGD):
 
     From θ, one inner step on each example k of the batch in random order, θᵏ⁺¹ = θᵏ - relu(α) ∇ℓ(θᵏ); the
     meta-objective is the mean, over these steps, of the loss at θᵏ⁺¹ on the batch and examples that are replayed
-    (Gupta et al. 2020, algorithm 1 and eq. 3). Its gradient by α is learned by first (eq. 5), that by θ after:
+    (Gupta et al. 2020, algorithm 1). The step of α comes first, then that of θ:
 
-    "async", La-MAML: θ ← θ - relu(α) ∇_θ with the new α (eq. 6). "sync", Sync La-MAML: θ ← θ - rate · ∇_θ.
+    "async", La-MAML: θ ← θ - relu(α) ∇_θ with the new α. "sync", Sync La-MAML: θ ← θ - rate · ∇_θ.
     "cmaml", C-MAML: likewise, with α one constant.
 
     Args:

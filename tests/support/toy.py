@@ -259,7 +259,9 @@ STRATEGIES = {
     "AGEM": [
         *("--model", "models.AGEM", "--model.experiences", "3", "--model.memory", "2", "--model.replay", "3", *ONLINE),
     ],
-    "LaMAML": ["--model", "models.LaMAML", "--model.memory", "6", "--model.replay", "3", *ONLINE],
+    "LaMAML": [
+        *("--model", "models.LaMAML", "--model.memory", "6", "--model.replay", "3", "--model.glances", "1", *ONLINE),
+    ],
 }
 # For comparisons of runs that draw differently: flags that make what a learner draws at random vanish, and statistics
 # other than a first step's running ones, by which all classes may tie.
