@@ -2,9 +2,11 @@
 
 from datamodules.continual.class_streams import ClassStreams
 from datamodules.continual.instance_streams import InstanceStreams
+from datamodules.continual.transformed_streams import TransformedStreams
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support
 from datamodules.core.errors import DataError
+from datamodules.images.digits import Digits
 from datamodules.images.glyphs import Glyphs
 from datamodules.images.image_folder import ImageFolder
 from datamodules.images.learn2learn_tasksets import Learn2LearnTasksets
@@ -42,6 +44,8 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HalfCheetahDirection,
     ClassStreams,
     InstanceStreams,
+    Digits,
+    TransformedStreams,
 )
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "Bandits",
     "ClassStreams",
     "DataError",
+    "Digits",
     "Domain",
     "EnvironmentDataModule",
     "Episodes",
@@ -73,4 +78,5 @@ __all__ = [
     "Sinusoid",
     "Support",
     "TabularMDPs",
+    "TransformedStreams",
 ]

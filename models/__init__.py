@@ -20,11 +20,16 @@ from models.continual.alpaca import ALPaCA
 from models.continual.anml import ANML
 from models.continual.fine_tune import FineTune
 from models.continual.gemcl import GeMCL
+from models.continual.ewc import EWC
+from models.continual.experience_replay import ExperienceReplay
+from models.continual.gem import AGEM, GEM
+from models.continual.lamaml import LaMAML
 from models.continual.learner import ContinualLearner
 from models.continual.mann import MANN
 from models.continual.nearest_class_mean import NearestClassMean
 from models.continual.oml import OML
 from models.continual.rare_events import RareEvents
+from models.continual.online_sgd import OnlineSGD
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -121,13 +126,24 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     FineTune,
 )
 # Learners without parameters, which are evaluated and not trained.
-STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
+STRATEGIES: tuple[type[MetaLearner], ...] = (
+    BanditStrategy,
+    MDPStrategy,
+    GaussianProcess,
+    OnlineSGD,
+    ExperienceReplay,
+    EWC,
+    GEM,
+    AGEM,
+    LaMAML,
+)
 
 load = MetaLearner.load_from_checkpoint
 """A trained learner, of whatever algorithm, from its checkpoint alone."""
 
 __all__ = [
     "ABML",
+    "AGEM",
     "ALFA",
     "ALGORITHMS",
     "ANIL",
@@ -137,6 +153,8 @@ __all__ = [
     "CAML",
     "CAVIA",
     "CNP",
+    "EWC",
+    "GEM",
     "HSML",
     "IMAML",
     "LEO",
@@ -166,12 +184,14 @@ __all__ = [
     "ConvEncoder",
     "ConvNet",
     "EmbeddingRows",
+    "ExperienceReplay",
     "Experts",
     "FineTune",
     "GaussianProcess",
     "GeMCL",
     "GradientMeans",
     "GradientPCA",
+    "LaMAML",
     "Learn2Learn",
     "LearnedOptimizer",
     "LowRank",
@@ -189,6 +209,7 @@ __all__ = [
     "Network",
     "NeuralStatistician",
     "Pixels",
+    "OnlineSGD",
     "Pretrained",
     "ProbabilisticTaskModel",
     "ProtoNet",

@@ -91,8 +91,11 @@ def test_configuration_runs(path, data, tmp_path):
     root = data.get(whole(path)["data"]["class_path"])
     flags = ["--data.init_args.root", str(root)] if root else []
     short = ["--config", str(CONFIGS / "overlays" / "debug.yaml"), "--runs", str(tmp_path), "--name", "x"]
-    if "aligned" not in path.read_text() and build("--config", str(path)).datamodule.kind != "reinforcement":
+    kind = build("--config", str(path)).datamodule.kind
+    if "aligned" not in path.read_text() and kind != "reinforcement":
         flags += ["--data.init_args.queries", "3"]
+    if kind == "stream":
+        flags += ["--data.init_args.shots", "3"]
     if path.parent.name == "rl2" and not path.stem.endswith("-short"):
         flags += ["--data.init_args.meta_batch_size", "20", "--model.init_args.epochs", "1"]
     flags += [*pretrained(path, tmp_path), *classes(path, *flags, *short)]
