@@ -18,18 +18,18 @@ from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
 from models.continual.alpaca import ALPaCA
 from models.continual.anml import ANML
-from models.continual.fine_tune import FineTune
-from models.continual.gemcl import GeMCL
 from models.continual.ewc import EWC
 from models.continual.experience_replay import ExperienceReplay
+from models.continual.fine_tune import FineTune
 from models.continual.gem import AGEM, GEM
+from models.continual.gemcl import GeMCL
 from models.continual.lamaml import LaMAML
 from models.continual.learner import ContinualLearner
 from models.continual.mann import MANN
 from models.continual.nearest_class_mean import NearestClassMean
 from models.continual.oml import OML
-from models.continual.rare_events import RareEvents
 from models.continual.online_sgd import OnlineSGD
+from models.continual.rare_events import RareEvents
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -208,8 +208,8 @@ __all__ = [
     "NearestNeighbour",
     "Network",
     "NeuralStatistician",
-    "Pixels",
     "OnlineSGD",
+    "Pixels",
     "Pretrained",
     "ProbabilisticTaskModel",
     "ProtoNet",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Support
 from datamodules.core.errors import at_least
+from models.continual.descent import drawn
 from models.continual.learner import ContinualLearner
 from models.core.base_learner import BaseLearner, Parameters
 from models.core.chance import Chance
@@ -46,12 +46,6 @@ def as_buffers(module: nn.Module) -> dict[str, int]:
                 delattr(part, name)
                 part.register_buffer(name, p.detach(), persistent=False)
     return inputs
-
-
-def normal(shape: Sequence[int], chance: Chance) -> tuple[Tensor, Chance]:
-    """Standard normal numbers, by Box and Muller."""
-    (radius, turn), chance = chance.uniform(2, *shape)
-    return (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * turn), chance
 
 
 class OnlineSGD(ContinualLearner):
@@ -128,8 +122,7 @@ class OnlineSGD(ContinualLearner):
             value = values[name]
             shape = (classes, *value.shape[1:]) if self.base.in_head(name) else value.shape
             if inputs:
-                drawn, chance = normal(shape, chance)
-                parameters[name] = (drawn * (2 / inputs) ** 0.5).to(value.dtype)
+                parameters[name], chance = drawn(chance, tuple(shape), value)
             else:
                 parameters[name] = value.new_zeros(shape) if name.endswith("bias") else value
         return Online(parameters, self.keep(parameters, classes), chance)
