@@ -261,7 +261,6 @@ CONTINUAL = {
     "ALPaCA": ["--model", "models.ALPaCA", *BACKBONE, *STREAMS, "--data.own_labels", "false"],
     "FineTune": ["--model", "models.FineTune", *CONV_NET, *RATES, "--model.eval_adapts", "network", *STREAMS],
 }
-CONTINUAL = {"NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS]}
 # The toy images turned: learners that have nothing to train before a stream.
 TURNED = [
     *("--data", "datamodules.TransformedStreams", "--data.source", "tests.support.toy.ToyImages"),
