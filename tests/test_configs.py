@@ -83,19 +83,30 @@ def classes(path: Path, *flags: str) -> list[str]:
     return ["--model.init_args.classes", str(len(cli.datamodule.distribution("train").class_names))]
 
 
+SMALL_STREAMS = {
+    "ClassStreams": [
+        *("--data.init_args.queries", "3", "--data.init_args.experiences", "6", "--data.init_args.points", "null"),
+        *("--data.init_args.val_experiences", "4", "--data.init_args.eval_batch_size", "2"),
+    ],
+    "TransformedStreams": ["--data.init_args.queries", "3", "--data.init_args.shots", "3"],
+    "InstanceStreams": ["--data.init_args.eval_batch_size", "2"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_configuration_runs(path, data, tmp_path):
     """Catches settings that build but do not run: a few meta-updates at full size, validated, tested and reported.
     Meta-updates of RL² as published are of few trials: of the paper's 250,000 steps each would take minutes."""
-    root = data.get(whole(path)["data"]["class_path"])
+    of_run = whole(path)["data"]
+    root = data.get(of_run.get("init_args", {}).get("source", of_run)["class_path"])
     flags = ["--data.init_args.root", str(root)] if root else []
     short = ["--config", str(CONFIGS / "overlays" / "debug.yaml"), "--runs", str(tmp_path), "--name", "x"]
-    kind = build("--config", str(path)).datamodule.kind
-    if "aligned" not in path.read_text() and kind != "reinforcement":
+    module = build("--config", str(path)).datamodule
+    if module.kind == "stream":
+        flags += SMALL_STREAMS[type(module).__name__]
+    elif "aligned" not in path.read_text() and module.kind != "reinforcement":
         flags += ["--data.init_args.queries", "3"]
-    if kind == "stream":
-        flags += ["--data.init_args.shots", "3"]
     if path.parent.name == "rl2" and not path.stem.endswith("-short"):
         flags += ["--data.init_args.meta_batch_size", "20", "--model.init_args.epochs", "1"]
     flags += [*pretrained(path, tmp_path), *classes(path, *flags, *short)]

@@ -258,7 +258,9 @@ CONTINUAL = {
         *(*REMEMBERING, "--data.remember_from", "all", "--data.train_experiences", "1", "--data.train_queries", "0"),
     ],
     "GeMCL": ["--model", "models.GeMCL", *BACKBONE, *STREAMS],
-    "ALPaCA": ["--model", "models.ALPaCA", *BACKBONE, *STREAMS, "--data.own_labels", "false"],
+    "ALPaCA": [  # in a loop over streams: a convolution mapped over on a CPU passes autocast by
+        *("--model", "models.ALPaCA", *BACKBONE, "--model.chunk", "1", *STREAMS, "--data.own_labels", "false"),
+    ],
     "FineTune": ["--model", "models.FineTune", *CONV_NET, *RATES, "--model.eval_adapts", "network", *STREAMS],
 }
 # The toy images turned: learners that have nothing to train before a stream.
