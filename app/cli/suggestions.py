@@ -129,8 +129,9 @@ def explain(parser: LightningArgumentParser, message: str) -> str:
     found = re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", text)
     found = found or re.search(r"(?:Option|Key) '(?P<group>)(?P<key>[\w.]+)' is not (?:accepted|expected)", text)
     if found:
-        # An inner parser speaks of its own key alone: the nearest name may belong to any part.
-        inside = [n for n in names if n.startswith(found["group"] + ".")] if found["group"] else names
+        # An inner parser speaks of its own key alone: where that was given tells the part.
+        part = found["group"] or _whole_key(found["key"]).rpartition(".")[0].partition(".")[0]
+        inside = [n for n in names if n.startswith(part + ".")] if part else names
         by_leaf = {n.rsplit(".", 1)[-1]: n for n in sorted(inside, key=lambda n: n.count("."))}
         near = difflib.get_close_matches(found["key"].rsplit(".", 1)[-1], list(by_leaf), 1, 0.5)
         return f"unknown key {found['key']!r}" + (f": did you mean {by_leaf[near[0]]!r}?" if near else "")
