@@ -1,6 +1,7 @@
 """One file per task distribution; each data module is found here by name."""
 
 from datamodules.continual.class_streams import ClassStreams
+from datamodules.continual.rainbow import RainbowImages
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support
 from datamodules.core.errors import DataError
@@ -40,6 +41,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HalfCheetahVelocity,
     HalfCheetahDirection,
     ClassStreams,
+    RainbowImages,
 )
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "Omniglot",
     "PointRobot",
     "Quadratics",
+    "RainbowImages",
     "Sinusoid",
     "Support",
     "TabularMDPs",

@@ -16,6 +16,7 @@ from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
+from models.continual.ftml import FTML
 from models.continual.learner import ContinualLearner
 from models.continual.nearest_class_mean import NearestClassMean
 from models.core.learner import MetaLearner
@@ -105,6 +106,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ProbabilisticTaskModel,
     BiGAN,
     NearestClassMean,
+    FTML,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -122,6 +124,7 @@ __all__ = [
     "CAML",
     "CAVIA",
     "CNP",
+    "FTML",
     "HSML",
     "IMAML",
     "LEO",

@@ -231,7 +231,16 @@ STREAMS = [
     *("--data.shots", "2", "--data.queries", "2", "--data.train_experiences", "3", "--data.meta_batch_size", "4"),
 ]
 CONTINUAL = {"NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS]}
-LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL
+# Learners along a sequence of tasks, of the toy images in colours.
+SEQUENCES = {
+    "FTML": [
+        *("--model", "models.FTML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *("--data", "datamodules.RainbowImages", "--data.source", "tests.support.toy.ToyImages", "--data.ways", "3"),
+        *("--data.held_out", "2", "--data.arrival_steps", "2", "--data.task_steps", "5", "--data.tasks", "12"),
+        *("--data.meta_batch_size", "4"),
+    ],
+}
+LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL | SEQUENCES
 # What has nothing to train.
 STRATEGIES = {
     "BanditStrategy": [
@@ -291,7 +300,8 @@ def evaluation(strategy: str, runs: Path, *flags: str) -> list[str]:
 
 def headline(algorithm: str) -> str:
     """The metric that a learner's checkpoints are chosen by."""
-    kinds = {"classification": ALGORITHMS, "regression": REGRESSORS, "reinforcement": AGENTS, "stream": CONTINUAL}
+    kinds = {"classification": ALGORITHMS | SEQUENCES, "regression": REGRESSORS}
+    kinds |= {"reinforcement": AGENTS, "stream": CONTINUAL}
     return next(KINDS[kind].headline for kind, learners in kinds.items() if algorithm in learners)
 
 
