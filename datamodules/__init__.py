@@ -1,6 +1,7 @@
 """One file per task distribution; each data module is found here by name."""
 
 from datamodules.continual.class_streams import ClassStreams
+from datamodules.continual.osaka import OsakaStreams
 from datamodules.continual.rainbow import RainbowImages
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support
@@ -42,6 +43,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HalfCheetahDirection,
     ClassStreams,
     RainbowImages,
+    OsakaStreams,
 )
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "Learn2LearnTasksets",
     "Linear",
     "Omniglot",
+    "OsakaStreams",
     "PointRobot",
     "Quadratics",
     "RainbowImages",

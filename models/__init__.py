@@ -16,6 +16,7 @@ from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
+from models.continual.continual_maml import ContinualMAML
 from models.continual.ftml import FTML
 from models.continual.learner import ContinualLearner
 from models.continual.nearest_class_mean import NearestClassMean
@@ -107,6 +108,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     BiGAN,
     NearestClassMean,
     FTML,
+    ContinualMAML,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
@@ -146,6 +148,7 @@ __all__ = [
     "Conditioned",
     "ConstantEmbedding",
     "ContinualLearner",
+    "ContinualMAML",
     "Conv2",
     "Conv4",
     "ConvEncoder",

@@ -154,6 +154,8 @@ class ContinualLearner(MetaLearner):
                 found["online"].append(self._right(state, stream.x[j : j + 1], stream.y[j : j + 1])[0])
                 found["before"].append(self._right(state, stream.query_x[j : j + 1], stream.query_y[j : j + 1])[0])
                 state = self.update(state, stream.experience(j))
+                for name, value in self.watched(state).items():
+                    found.setdefault(name, []).append(value)
                 found["after"].append(self._right(state, stream.query_x[j : j + 1], stream.query_y[j : j + 1])[0])
                 if j + 1 in points:
                     to_come = first.new_full((len(stream.x) - j - 1,), torch.nan)
@@ -163,6 +165,10 @@ class ContinualLearner(MetaLearner):
 
         return self.map_encoded(one, self.encoded(streams), streams)
 
+    def watched(self, state: Any) -> dict[str, Tensor]:
+        """What more to keep of the state after each experience, by names that ``followed`` gives back, (T, J, …)."""
+        return {}
+
     def _right(self, state: Any, x: Tensor, y: Tensor) -> Tensor:
         """The share of right predictions of each experience, (J,), of inputs (J, N, …)."""
         return correct(self.predict(state, x.flatten(0, 1)), y.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
@@ -171,7 +177,11 @@ class ContinualLearner(MetaLearner):
         found = self.followed(batch)
         facts = {**batch.task, FINGERPRINT: batch.fingerprint()} if stage == "test" else None
         kept = {"matrix": found["matrix"]} if stage == "test" else None
-        self.stage_metrics(stage).update(batch.index, stream_metrics(found), facts, kept)
+        self.stage_metrics(stage).update(batch.index, self.metrics_of_streams(found), facts, kept)
+
+    def metrics_of_streams(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is measured of each stream, from what was found along it."""
+        return stream_metrics(found)
 
 
 def correct(prediction: Tensor, target: Tensor) -> Tensor:

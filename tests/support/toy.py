@@ -230,7 +230,25 @@ STREAMS = [
     *("--data", "datamodules.ClassStreams", "--data.source", "tests.support.toy.ToyImages", "--data.experiences", "4"),
     *("--data.shots", "2", "--data.queries", "2", "--data.train_experiences", "3", "--data.meta_batch_size", "4"),
 ]
-CONTINUAL = {"NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS]}
+OSAKA_DOMAINS = """
+{toy: {source: {class_path: tests.support.toy.ToyImages}},
+ negative: {source: {class_path: tests.support.toy.ToyImages}, invert: true}}
+"""
+# Tasks of the toy images that change without a word, at times to their negatives.
+CHANGING = [
+    *("--data", "datamodules.OsakaStreams", "--data.domains", OSAKA_DOMAINS, "--data.trained", "toy"),
+    *("--data.stay", "0.5", "--data.ways", "3"),
+    *("--data.shots", "2", "--data.queries", "2", "--data.experiences", "5", "--data.train_experiences", "1"),
+    *("--data.meta_batch_size", "4"),
+]
+CONTINUAL = {
+    "NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS],
+    "ContinualMAML": [
+        *("--model", "models.ContinualMAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *("--model.threshold", "0.1", "--model.outer_rate", "0.01", "--model.learned_rates", "true", *CHANGING),
+        *("--model.outer", "sgd"),  # see Reptile
+    ],
+}
 # Learners along a sequence of tasks, of the toy images in colours.
 SEQUENCES = {
     "FTML": [
