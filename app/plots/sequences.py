@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def draw_proficiency(axes: Axes, learners: Named) -> None:
         axes: to draw on.
         learners: names, and the examples of each task, (T,).
     """
-    for (name, examples), colour in zip(learners, (CLASSES[k % len(CLASSES)] for k in range(99)), strict=False):
+    for (name, examples), colour in zip(learners, cycle(CLASSES), strict=False):
         values = np.asarray(examples, np.float64)
         places = np.arange(1, len(values) + 1)
         axes.plot(places, values, "o", ms=3, color=colour, alpha=0.45)

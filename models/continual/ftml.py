@@ -169,7 +169,7 @@ class FTML(MAML):
         A task that was not met, or not to its end, has no more than it was: an accuracy of 0 after batches that did
         not arrive, proficiency not reached, no regret.
         """
-        number = batch.index
+        number = batch.task["number"]
         if not self.met.numel():  # never trained
             return {}
         learned, met = self.learned[number], self.met[number]

@@ -170,12 +170,11 @@ def test_rates_take_the_gradient_through_the_whole_phase():
     theta = {n: start[n] - alpha[n] * third.walked[n] for n in alpha}
     g = torch.autograd.grad(loss(model, theta, support(stream, 2)), list(alpha.values()))
     same(fourth.slow.rates, {n: third.slow.rates[n] - 0.5 * d for n, d in zip(alpha, g, strict=True)})
-    # What was walked is the way: of rates that did not change in the first phase's first experience.
-    first = after(model, stream, 1)
-    same(
-        {n: first.slow.rates[n] * w for n, w in first.walked.items()},
-        {n: p - first.fast[n] for n, p in first.slow.parameters.items()},
-    )
+    # What was walked is the way, over all of the phase: at the rates of the first experience, then at those of now.
+    first, phi = after(model, stream, 1), dict(model.learner.named_parameters())
+    way = {n: model.rates[n.replace(".", "_")] * w for n, w in first.walked.items()}
+    way = {n: way[n] + third.slow.rates[n] * (third.walked[n] - w) for n, w in first.walked.items()}
+    same({n: phi[n] - third.fast[n] for n in phi}, way)
 
 
 @pytest.mark.parametrize("rates", [False, True])
