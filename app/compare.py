@@ -29,7 +29,7 @@ from torch import Tensor
 from app.cli.failures import one_line_errors
 from app.dashboard.reinforcement import optimum_of
 from app.plots import reinforcement as figures_rl
-from app.plots import results, style
+from app.plots import results, sequences, style
 from app.runs.directory import COMPARISONS, CONFIG, EVALUATIONS, RECOMMENDATIONS, out_folder, slug
 from app.runs.evaluation_record import SETTINGS, Evaluation, refuse_other_tasks
 from datamodules.core.base import shape_text
@@ -246,7 +246,8 @@ def tested(folders: Sequence[Path], what: str) -> list[Path]:
 
 
 def write_comparison(evaluations: Sequence[Evaluation], out: Path, command: str) -> None:
-    """Compare, print, and write comparison.json, .csv and .png; of trials in environments returns.png, too.
+    """Compare, print, and write comparison.json, .csv and .png; of trials in environments returns.png, of a
+    sequence of tasks proficiency.png, too.
 
     Raises:
         ConfigError: other tasks, or a folder that cannot be written.
@@ -265,6 +266,10 @@ def write_comparison(evaluations: Sequence[Evaluation], out: Path, command: str)
         if (along := returns(evaluations)) is not None:
             style.save(figures_rl.returns_of_several(*along, over), out / "returns.png")
             written += ", returns.png"
+        names = zip(labels([e.folder for e in evaluations]), evaluations, strict=True)
+        if sooner := [(name, one.metrics["examples"]) for name, one in names if "examples" in one.metrics]:
+            style.save(sequences.proficiency(sooner, f"Examples to proficiency, {over}"), out / "proficiency.png")
+            written += ", proficiency.png"
     except OSError as error:
         raise ConfigError(f"cannot write into {out} ({error.strerror}): give another --out") from error
     Console().print(f"written: {out}/{written}", highlight=False, soft_wrap=True)

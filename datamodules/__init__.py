@@ -2,6 +2,8 @@
 
 from datamodules.continual.class_streams import ClassStreams
 from datamodules.continual.instance_streams import InstanceStreams
+from datamodules.continual.osaka import OsakaStreams
+from datamodules.continual.rainbow import RainbowImages
 from datamodules.continual.transformed_streams import TransformedStreams
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support
@@ -46,6 +48,8 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     InstanceStreams,
     Digits,
     TransformedStreams,
+    RainbowImages,
+    OsakaStreams,
 )
 
 __all__ = [
@@ -73,8 +77,10 @@ __all__ = [
     "Learn2LearnTasksets",
     "Linear",
     "Omniglot",
+    "OsakaStreams",
     "PointRobot",
     "Quadratics",
+    "RainbowImages",
     "Sinusoid",
     "Support",
     "TabularMDPs",

@@ -18,9 +18,11 @@ from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
 from models.continual.alpaca import ALPaCA
 from models.continual.anml import ANML
+from models.continual.continual_maml import ContinualMAML
 from models.continual.ewc import EWC
 from models.continual.experience_replay import ExperienceReplay
 from models.continual.fine_tune import FineTune
+from models.continual.ftml import FTML
 from models.continual.gem import AGEM, GEM
 from models.continual.gemcl import GeMCL
 from models.continual.lamaml import LaMAML
@@ -124,6 +126,8 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     GeMCL,
     ALPaCA,
     FineTune,
+    FTML,
+    ContinualMAML,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (
@@ -154,6 +158,7 @@ __all__ = [
     "CAVIA",
     "CNP",
     "EWC",
+    "FTML",
     "GEM",
     "HSML",
     "IMAML",
@@ -179,6 +184,7 @@ __all__ = [
     "Conditioned",
     "ConstantEmbedding",
     "ContinualLearner",
+    "ContinualMAML",
     "Conv2",
     "Conv4",
     "ConvEncoder",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from app.dashboard import confusion, few_shot, open_set, reinforcement, streams, task_embeddings
+from app.dashboard import confusion, few_shot, open_set, reinforcement, sequences, streams, task_embeddings
 from app.dashboard.view import Figures, View
 from app.plots import adaptation, results
 from app.plots import confusion as confusion_plots
@@ -49,6 +49,7 @@ PANELS: Mapping[str, Callable[[View], Figures]] = {
     "task_embeddings": task_embeddings.task_embeddings,
     "trials": reinforcement.trials,
     "streams": streams.streams,
+    "proficiency": sequences.proficiency,
     "adaptation": few_shot.adaptation_curve,
     "training": training,
     "open_set": open_set.open_set,

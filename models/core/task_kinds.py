@@ -37,7 +37,7 @@ KINDS: Mapping[str, TaskKind] = {
             "open_set_auroc": Metric("higher", "AUROC of other classes"),
         },
         (
-            *("histogram", "reliability", "clusters", "adaptation", "training", "open_set"),
+            *("histogram", "reliability", "clusters", "proficiency", "adaptation", "training", "open_set"),
             *("episodes", "generated", "embedding", "task_embeddings", "confusion"),
         ),
     ),

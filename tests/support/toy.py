@@ -240,6 +240,17 @@ CONV_NET = [
     *("--model.backbone.strides", "[2, 2, 2]"),
 ]
 RATES = ["--model.eval_rates", "[0.001, 0.01]"]
+OSAKA_DOMAINS = """
+{toy: {source: {class_path: tests.support.toy.ToyImages}},
+ negative: {source: {class_path: tests.support.toy.ToyImages}, invert: true}}
+"""
+# Tasks of the toy images that change without a word, at times to their negatives.
+CHANGING = [
+    *("--data", "datamodules.OsakaStreams", "--data.domains", OSAKA_DOMAINS, "--data.trained", "toy"),
+    *("--data.stay", "0.5", "--data.ways", "3"),
+    *("--data.shots", "2", "--data.queries", "2", "--data.experiences", "5", "--data.train_experiences", "1"),
+    *("--data.meta_batch_size", "4"),
+]
 CONTINUAL = {
     "NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS],
     "MANN": [
@@ -262,6 +273,11 @@ CONTINUAL = {
         *("--model", "models.ALPaCA", *BACKBONE, "--model.chunk", "1", *STREAMS, "--data.own_labels", "false"),
     ],
     "FineTune": ["--model", "models.FineTune", *CONV_NET, *RATES, "--model.eval_adapts", "network", *STREAMS],
+    "ContinualMAML": [
+        *("--model", "models.ContinualMAML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *("--model.threshold", "0.1", "--model.outer_rate", "0.01", "--model.learned_rates", "true", *CHANGING),
+        *("--model.outer", "sgd"),  # see Reptile
+    ],
 }
 # The toy images turned: learners that have nothing to train before a stream.
 TURNED = [
@@ -272,7 +288,16 @@ ONLINE = [
     *("--model.backbone", "models.MLP", "--model.backbone.in_features", "256", "--model.backbone.hidden", "[6]"),
     *("--model.batch", "4", *TURNED),
 ]
-LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL
+# Learners along a sequence of tasks, of the toy images in colours.
+SEQUENCES = {
+    "FTML": [
+        *("--model", "models.FTML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
+        *("--data", "datamodules.RainbowImages", "--data.source", "tests.support.toy.ToyImages", "--data.ways", "3"),
+        *("--data.held_out", "2", "--data.arrival_steps", "2", "--data.task_steps", "5", "--data.tasks", "12"),
+        *("--data.meta_batch_size", "4"),
+    ],
+}
+LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL | SEQUENCES
 # What has nothing to train.
 STRATEGIES = {
     "BanditStrategy": [
@@ -342,7 +367,8 @@ def evaluation(strategy: str, runs: Path, *flags: str) -> list[str]:
 
 def headline(algorithm: str) -> str:
     """The metric that a learner's checkpoints are chosen by."""
-    kinds = {"classification": ALGORITHMS, "regression": REGRESSORS, "reinforcement": AGENTS, "stream": CONTINUAL}
+    kinds = {"classification": ALGORITHMS | SEQUENCES, "regression": REGRESSORS}
+    kinds |= {"reinforcement": AGENTS, "stream": CONTINUAL}
     return next(KINDS[kind].headline for kind, learners in kinds.items() if algorithm in learners)
 
 
