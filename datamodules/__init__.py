@@ -1,9 +1,11 @@
 """One file per task distribution; each data module is found here by name."""
 
 from datamodules.continual.class_streams import ClassStreams
+from datamodules.continual.transformed_streams import TransformedStreams
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support
 from datamodules.core.errors import DataError
+from datamodules.images.digits import Digits
 from datamodules.images.glyphs import Glyphs
 from datamodules.images.image_folder import ImageFolder
 from datamodules.images.learn2learn_tasksets import Learn2LearnTasksets
@@ -40,6 +42,8 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     HalfCheetahVelocity,
     HalfCheetahDirection,
     ClassStreams,
+    Digits,
+    TransformedStreams,
 )
 
 __all__ = [
@@ -47,6 +51,7 @@ __all__ = [
     "Bandits",
     "ClassStreams",
     "DataError",
+    "Digits",
     "Domain",
     "EnvironmentDataModule",
     "Episodes",
@@ -70,4 +75,5 @@ __all__ = [
     "Sinusoid",
     "Support",
     "TabularMDPs",
+    "TransformedStreams",
 ]

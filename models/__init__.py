@@ -16,8 +16,13 @@ from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
+from models.continual.ewc import EWC
+from models.continual.experience_replay import ExperienceReplay
+from models.continual.gem import AGEM, GEM
+from models.continual.lamaml import LaMAML
 from models.continual.learner import ContinualLearner
 from models.continual.nearest_class_mean import NearestClassMean
+from models.continual.online_sgd import OnlineSGD
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -107,13 +112,24 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     NearestClassMean,
 )
 # Learners without parameters, which are evaluated and not trained.
-STRATEGIES: tuple[type[MetaLearner], ...] = (BanditStrategy, MDPStrategy, GaussianProcess)
+STRATEGIES: tuple[type[MetaLearner], ...] = (
+    BanditStrategy,
+    MDPStrategy,
+    GaussianProcess,
+    OnlineSGD,
+    ExperienceReplay,
+    EWC,
+    GEM,
+    AGEM,
+    LaMAML,
+)
 
 load = MetaLearner.load_from_checkpoint
 """A trained learner, of whatever algorithm, from its checkpoint alone."""
 
 __all__ = [
     "ABML",
+    "AGEM",
     "ALFA",
     "ALGORITHMS",
     "ANIL",
@@ -122,6 +138,8 @@ __all__ = [
     "CAML",
     "CAVIA",
     "CNP",
+    "EWC",
+    "GEM",
     "HSML",
     "IMAML",
     "LEO",
@@ -147,10 +165,12 @@ __all__ = [
     "Conv4",
     "ConvEncoder",
     "EmbeddingRows",
+    "ExperienceReplay",
     "Experts",
     "GaussianProcess",
     "GradientMeans",
     "GradientPCA",
+    "LaMAML",
     "Learn2Learn",
     "LearnedOptimizer",
     "LowRank",
@@ -167,6 +187,7 @@ __all__ = [
     "NearestNeighbour",
     "Network",
     "NeuralStatistician",
+    "OnlineSGD",
     "Pretrained",
     "ProbabilisticTaskModel",
     "ProtoNet",

@@ -231,6 +231,15 @@ STREAMS = [
     *("--data.shots", "2", "--data.queries", "2", "--data.train_experiences", "3", "--data.meta_batch_size", "4"),
 ]
 CONTINUAL = {"NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS]}
+# The toy images turned: learners that have nothing to train before a stream.
+TURNED = [
+    *("--data", "datamodules.TransformedStreams", "--data.source", "tests.support.toy.ToyImages"),
+    *("--data.experiences", "3", "--data.shots", "8", "--data.queries", "4", "--data.classes", "3"),
+]
+ONLINE = [
+    *("--model.backbone", "models.MLP", "--model.backbone.in_features", "256", "--model.backbone.hidden", "[6]"),
+    *("--model.batch", "4", *TURNED),
+]
 LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL
 # What has nothing to train.
 STRATEGIES = {
@@ -243,6 +252,14 @@ STRATEGIES = {
         *("--data.horizon", "3", "--data.episodes", "4"),
     ],
     "GaussianProcess": ["--model", "models.GaussianProcess", "--data", "datamodules.GaussianProcesses"],
+    "OnlineSGD": ["--model", "models.OnlineSGD", *ONLINE],
+    "ExperienceReplay": ["--model", "models.ExperienceReplay", "--model.memory", "6", "--model.replay", "3", *ONLINE],
+    "EWC": ["--model", "models.EWC", "--model.fisher_examples", "3", *ONLINE],
+    "GEM": ["--model", "models.GEM", "--model.experiences", "3", "--model.memory", "2", *ONLINE],
+    "AGEM": [
+        *("--model", "models.AGEM", "--model.experiences", "3", "--model.memory", "2", "--model.replay", "3", *ONLINE),
+    ],
+    "LaMAML": ["--model", "models.LaMAML", "--model.memory", "6", "--model.replay", "3", *ONLINE],
 }
 # For comparisons of runs that draw differently: flags that make what a learner draws at random vanish, and statistics
 # other than a first step's running ones, by which all classes may tie.
