@@ -23,6 +23,13 @@ from models.continual.lamaml import LaMAML
 from models.continual.learner import ContinualLearner
 from models.continual.nearest_class_mean import NearestClassMean
 from models.continual.online_sgd import OnlineSGD
+from models.continual.alpaca import ALPaCA
+from models.continual.anml import ANML
+from models.continual.fine_tune import FineTune
+from models.continual.gemcl import GeMCL
+from models.continual.learner import ContinualLearner
+from models.continual.nearest_class_mean import NearestClassMean
+from models.continual.oml import OML
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -34,7 +41,7 @@ from models.memory.snail import SNAIL
 from models.metric.matching_net import MatchingNet
 from models.metric.protonet import ProtoNet
 from models.metric.relation_net import RelationNet
-from models.networks.backbones import MLP, Conv2, Conv4, Learn2Learn, Network, ResNet
+from models.networks.backbones import MLP, Conv2, Conv4, ConvNet, Learn2Learn, Network, ResNet
 from models.networks.convolutional import ConvEncoder
 from models.networks.wrappers import Averaged, UnitLength
 from models.optimization.anil import ANIL
@@ -110,6 +117,11 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     ProbabilisticTaskModel,
     BiGAN,
     NearestClassMean,
+    OML,
+    ANML,
+    GeMCL,
+    ALPaCA,
+    FineTune,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (
@@ -133,6 +145,7 @@ __all__ = [
     "ALFA",
     "ALGORITHMS",
     "ANIL",
+    "ANML",
     "ANP",
     "BMAML",
     "CAML",
@@ -146,12 +159,14 @@ __all__ = [
     "MAML",
     "MLP",
     "NP",
+    "OML",
     "PEARL",
     "RL2",
     "SNAIL",
     "STRATEGIES",
     "TADAM",
     "TNP",
+    "ALPaCA",
     "Attenuation",
     "Averaged",
     "BanditStrategy",
@@ -164,10 +179,13 @@ __all__ = [
     "Conv2",
     "Conv4",
     "ConvEncoder",
+    "ConvNet",
     "EmbeddingRows",
     "ExperienceReplay",
     "Experts",
+    "FineTune",
     "GaussianProcess",
+    "GeMCL",
     "GradientMeans",
     "GradientPCA",
     "LaMAML",

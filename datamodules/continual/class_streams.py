@@ -51,15 +51,15 @@ class ClassStreamTasks(StreamTasks):
         seed: int,
         split: str,
     ) -> None:
-        prefix = "train_" if split == "train" else ""
+        prefix = {"train": "train_", "val": "val_"}.get(split, "")
         halved = remember > 0 and remember_from == "first_half"
         self.first = len(classes) // 2 if halved else 0  # of the classes that streams are drawn from
         enough(len(classes) - self.first, experiences, split, "classes", f"{prefix}experiences")
-        k = int(classes.counts.argmin())
+        examples, k = "train_" if split == "train" else "", int(classes.counts.argmin())
         if (least := int(classes.counts[k])) < shots + queries:
             raise DataError(
                 f"class {classes.names[k]!r} ({split}) has {least} images but an experience needs {shots} shots + "
-                f"{queries} queries: lower {prefix}shots or {prefix}queries, or leave the class out"
+                f"{queries} queries: lower {examples}shots or {examples}queries, or leave the class out"
             )
         if remember and remember_from == "others" and len(classes) == experiences:
             raise DataError(f"all {experiences} classes ({split}) are in a stream, none is left to remember: give more")
@@ -143,7 +143,7 @@ class ClassStreams(StreamDataModule):
 
     An experience is a class: ``shots`` images that are learned, one after another, and ``queries`` that are not. In
     meta-validation and meta-test a class's label is its place in the stream. Meta-training streams may be short, and
-    have their classes' own labels, which a head with a row for each class of the split has.
+    have their classes' own labels, by which a head has a row for each class of the split (``own_labels``).
 
     Args:
         source: the images and their split into classes. Its ways, shots and queries are not used, its seed and, unless
@@ -153,6 +153,8 @@ class ClassStreams(StreamDataModule):
         remember: R, images in meta-training of what was learned before the stream.
         remember_from: which classes these are of: "all" of the split, "others" than the stream's, or the "first_half"
             of the split, where streams are of the second half alone.
+        own_labels: whether meta-training streams have their classes' own labels; otherwise a class's label is its place
+            in the stream there too, which is less to compute for a learner without a head of all classes.
         root: folder of the data and its cache.
         experiences, shots, queries and others: see StreamDataModule.
     """
@@ -166,25 +168,33 @@ class ClassStreams(StreamDataModule):
         order: Order = "random",
         remember: int = 0,
         remember_from: Remembered = "all",
+        own_labels: bool = True,
         root: str = DEFAULT_ROOT,
         **common: Any,
     ) -> None:
         super().__init__(experiences, shots, queries, **common)
         at_least(2, experiences=experiences)
         at_least(0, remember=remember)
+        if remember and not own_labels:
+            raise ValueError(f"own_labels is false but remember is {remember}: what is remembered has no other labels")
         source.seed = self.seed
         if source.root == DEFAULT_ROOT:
             source.root = root
         self.source, self.root, self.remember = source, root, remember
         self.order: Order = order
         self.remember_from: Remembered = remember_from
+        self.own_labels = own_labels
 
     def prepare_data(self) -> None:
         self.source.trainer = self.trainer
         self.source.prepare_data()
 
     def network_settings(self) -> dict[str, Any]:
-        return self.source.network_settings()
+        known = self.source.network_settings()
+        try:
+            return known | {"classes": len(self.source.classes("train"))}
+        except (DataError, NotImplementedError):  # not there yet
+            return known
 
     @property
     def identity(self) -> str:
@@ -202,7 +212,7 @@ class ClassStreams(StreamDataModule):
             order="random" if train else self.order,
             remember=self.remember if train else 0,
             remember_from=self.remember_from,
-            own_labels=train,
+            own_labels=train and self.own_labels,
             seed=self.seed,
             split=split,
         )

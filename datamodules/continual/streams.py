@@ -103,6 +103,7 @@ class StreamDataModule(EpisodicDataModule):
 
     Args:
         experiences: J of meta-validation and meta-test.
+        val_experiences: J of meta-validation, where its split has fewer classes (None: the same).
         shots, queries: N and Q, the examples that an experience teaches, and those that it is tested by.
         train_experiences, train_shots, train_queries: of meta-training, where they differ (None: the same).
         points: after how many experiences all so far is tested; None: see ``usual_points``.
@@ -119,6 +120,7 @@ class StreamDataModule(EpisodicDataModule):
         train_experiences: int | None = None,
         train_shots: int | None = None,
         train_queries: int | None = None,
+        val_experiences: int | None = None,
         points: list[int] | None = None,
         meta_batch_size: int = 1,
         val_tasks: int = 10,
@@ -129,10 +131,11 @@ class StreamDataModule(EpisodicDataModule):
     ) -> None:
         super().__init__(meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed)
         at_least(1, experiences=experiences, shots=shots, queries=queries)
-        at_least(1, train_experiences=train_experiences, train_shots=train_shots)
+        at_least(1, train_experiences=train_experiences, train_shots=train_shots, val_experiences=val_experiences)
         at_least(0, train_queries=train_queries)
         self.experiences, self.shots, self.queries = experiences, shots, queries
         self.train_experiences = train_experiences or experiences
+        self.val_experiences = val_experiences or experiences
         self.train_shots = train_shots or shots
         self.train_queries = queries if train_queries is None else train_queries
         if points is not None and not (points and sorted(set(points)) == points and points[0] >= 1):
@@ -151,8 +154,9 @@ class StreamDataModule(EpisodicDataModule):
         if split == "train":
             j = self.train_experiences
             return j, self.train_shots, self.train_queries, (j,)
-        own = usual_points(self.experiences) if self.points is None else (*self.points, self.experiences)
-        return self.experiences, self.shots, self.queries, tuple(dict.fromkeys(own))
+        j = self.val_experiences if split == "val" else self.experiences
+        own = usual_points(j) if self.points is None else (*(p for p in self.points if p < j), j)
+        return j, self.shots, self.queries, own
 
     def normalize(self, inputs: Tensor) -> Tensor:
         """Inputs as they are stored to what a learner sees."""

@@ -29,7 +29,7 @@ LISTED = 40  # bytes of a task's number in a list
 TaskKindName = Literal["classification", "regression", "reinforcement", "stream"]
 
 # Settings of networks that data knows.
-NETWORK_SETTINGS = ("observations", "actions", "discrete", "in_channels", "image_size", "input_shape")
+NETWORK_SETTINGS = ("observations", "actions", "discrete", "in_channels", "image_size", "input_shape", "classes")
 
 
 class EpisodicDataModule(LightningDataModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class ContinualLearner(MetaLearner):
     """
 
     tasks = frozenset({"stream"})
+    asks_learned: ClassVar[bool] = False
+    """Whether a stream's end is measured in meta-training also on the examples that it taught."""
 
     # What an algorithm overrides ------------------------------------------------------------------------------------
 
@@ -86,7 +88,7 @@ class ContinualLearner(MetaLearner):
         *further: Tensor,
         chunk: int | None = None,
     ) -> Any:
-        """``map`` with ``encoded`` (P, …) in the place of the streams' inputs."""
+        """``map`` with ``encoded`` (P, …) in the place of the streams' inputs, ``chunk`` streams at once, None: all."""
         s = streams
         none = s.rows.new_zeros(len(s), 0)
         remembered = (none, s.y.new_zeros(len(s), 0, *s.y.shape[3:]))
@@ -101,16 +103,23 @@ class ContinualLearner(MetaLearner):
 
         tensors = (s.rows, s.y, s.query_rows, s.query_y, *remembered, s.key, *further)
         randomness = "different" if self.training else "same"
-        return map_tasks(one, *tensors, chunk=self.chunk or len(s), randomness=randomness)
+        return map_tasks(one, *tensors, chunk=self.chunk or chunk or len(s), randomness=randomness)
 
     def queries(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """What a stream's end is measured on in meta-training: queries of all experiences, then what is remembered."""
-        x = torch.cat([stream.query_x.flatten(0, 1), stream.remembered_x])
-        return x, torch.cat([stream.query_y.flatten(0, 1), stream.remembered_y])
+        """What a stream's end is measured on in meta-training: queries of all experiences, then what is remembered.
+
+        Before them what was learned, where the learner ``asks_learned``.
+        """
+        x, y = [stream.query_x.flatten(0, 1), stream.remembered_x], [stream.query_y.flatten(0, 1), stream.remembered_y]
+        if self.asks_learned:
+            x, y = [stream.x.flatten(0, 1), *x], [stream.y.flatten(0, 1), *y]
+        return torch.cat(x), torch.cat(y)
 
     def targets(self, batch: Streams) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        own = batch.query_y.flatten(1, 2)
-        return own if batch.remembered_y is None else torch.cat([own, batch.remembered_y], 1)
+        own = [batch.query_y.flatten(1, 2)]
+        if self.asks_learned:
+            own = [batch.y.flatten(1, 2), *own]
+        return torch.cat(own if batch.remembered_y is None else [*own, batch.remembered_y], 1)
 
     def objective(self, task: Stream) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One stream's part of the meta-objective: the mean loss at its end, over the ``queries``."""
@@ -161,7 +170,12 @@ class ContinualLearner(MetaLearner):
                         found[name].append(torch.cat([self._right(state, x[: j + 1], y[: j + 1]), to_come]))
             return {"first": first, **{name: torch.stack(values) for name, values in found.items()}}
 
-        return self.map_encoded(one, self.encoded(streams), streams)
+        return self.map_encoded(one, self.encoded(streams), streams, chunk=self.followed_at_once)
+
+    @property
+    def followed_at_once(self) -> int | None:
+        """How many streams are followed together in evaluation; None: all of a batch."""
+        return None
 
     def _right(self, state: Any, x: Tensor, y: Tensor) -> Tensor:
         """The share of right predictions of each experience, (J,), of inputs (J, N, …)."""
@@ -171,7 +185,11 @@ class ContinualLearner(MetaLearner):
         found = self.followed(batch)
         facts = {**batch.task, FINGERPRINT: batch.fingerprint()} if stage == "test" else None
         kept = {"matrix": found["matrix"]} if stage == "test" else None
-        self.stage_metrics(stage).update(batch.index, stream_metrics(found), facts, kept)
+        self.stage_metrics(stage).update(batch.index, self.metrics_of_streams(found), facts, kept)
+
+    def metrics_of_streams(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is measured of each stream, from what was found along it."""
+        return stream_metrics(found)
 
 
 def correct(prediction: Tensor, target: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datamodules.core.errors import at_least
-from models.networks.batch_norm import BatchNorm, replace_batch_norm
+from models.networks.batch_norm import BatchNorm, InstanceNorm, replace_batch_norm
 from models.networks.modulation import FiLM
 
 
@@ -225,6 +225,65 @@ class Conv2(Backbone):
     def respond(self, x: Tensor) -> Tensor:
         """Every value over a power of 1 and the mean square of the nine channels around it."""
         return F.local_response_norm(x, 9, alpha=1e-3, beta=0.75, k=1.0)
+
+
+class ConvNet(Backbone):
+    """3×3 convolutions with ReLU, in which what is seen of an image depends on no other; maps, flattened.
+
+    By default the representation network of OML, six convolutions without normalisation (Javed and White, NeurIPS
+    2019). Three without padding and strides, pooled after the first two and with instance norm, are ANML's networks
+    (Beaulieu et al., ECAI 2020).
+
+    Args:
+        in_channels: 1 for Omniglot and Glyphs, 3 for colour images; None for those of a run's data, otherwise 1.
+        hidden: filters of every convolution.
+        image_size: height and width of the input, pixels; likewise, otherwise 28.
+        strides: of each convolution.
+        pooled: after how many of the convolutions, the first ones, 2×2 max pooling halves the maps.
+        padding: of the convolutions, pixels.
+        instance_norm: normalise each image's channels by their own mean and variance after every convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | None = None,
+        hidden: int = 256,
+        image_size: int | None = None,
+        strides: Sequence[int] = (2, 1, 2, 1, 2, 2),
+        pooled: int = 0,
+        padding: int = 1,
+        instance_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        in_channels, image_size = given(in_channels, 1), given(image_size, 28)
+        at_least(1, in_channels=in_channels, hidden=hidden, image_size=image_size, convolutions=len(strides))
+        at_least(1, **{f"strides[{i}]": stride for i, stride in enumerate(strides)})
+        at_least(0, pooled=pooled, padding=padding)
+        channels, side = [in_channels, *[hidden] * len(strides)], image_size
+        for block, stride in enumerate(strides):
+            side = (side + 2 * padding - 3) // stride + 1
+            side = side // 2 if block < pooled else side
+            if side < 1:
+                raise ValueError(f"image_size is {image_size} but nothing is left of that after {block + 1} blocks")
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 3, stride, padding) for (i, o), stride in zip(pairwise(channels), strides, strict=True)
+        )
+        self.norms = nn.ModuleList(InstanceNorm(hidden) if instance_norm else nn.Identity() for _ in strides)
+        self.films = nn.ModuleList(FiLM(hidden) for _ in strides)
+        for conv in self.convs:  # He et al. 2015, as both reference codes
+            nn.init.kaiming_normal_(cast(nn.Conv2d, conv).weight)
+            nn.init.constant_(cast(Tensor, conv.bias), 0.0)
+        self.pooled = pooled
+        self.input_shape, self.maps = (in_channels, image_size, image_size), (hidden, side, side)
+        self.out_features = hidden * side**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, (conv, norm, film) in enumerate(zip(self.convs, self.norms, self.films, strict=True)):
+            x = norm(conv(x))
+            if block < self.pooled:
+                x = F.max_pool2d(x, 2)  # before ReLU: the same values from a quarter of the work
+            x = F.relu(film(x))
+        return x.flatten(1)
 
 
 class DropBlock(nn.Module):

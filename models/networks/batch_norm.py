@@ -141,6 +141,28 @@ class BatchNorm(nn.Module):
             (average[step] if self.steps else average).lerp_(new.to(average), self.momentum)
 
 
+class InstanceNorm(nn.Module):
+    """Instance normalisation over (N, C, H, W), affine: each image's channels by their own statistics, in every mode.
+
+    As for batch norm, ``vmap`` over torch's own affine layer gives a wrong second-order gradient.
+
+    Args:
+        channels: C.
+        eps: added to the variance.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+        x = (x - mean) * torch.rsqrt(var + self.eps)
+        return torch.addcmul(self.bias.view(-1, 1, 1), x, self.weight.view(-1, 1, 1))
+
+
 def replace_batch_norm(module: nn.Module) -> nn.Module:
     """Swap every ``nn.BatchNorm*`` of a foreign backbone for ``BatchNorm``, with its parameters, in place."""
     for name, child in module.named_children():

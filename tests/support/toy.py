@@ -240,6 +240,25 @@ ONLINE = [
     *("--model.backbone", "models.MLP", "--model.backbone.in_features", "256", "--model.backbone.hidden", "[6]"),
     *("--model.batch", "4", *TURNED),
 ]
+REMEMBERING = [*STREAMS, "--data.remember", "3", "--data.remember_from", "others"]
+CONV_NET = [
+    *("--model.backbone", "models.ConvNet", "--model.backbone.hidden", "6", "--model.backbone.image_size", "16"),
+    *("--model.backbone.strides", "[2, 2, 2]"),
+]
+RATES = ["--model.eval_rates", "[0.001, 0.01]"]
+CONTINUAL = {
+    "NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS],
+    "OML": ["--model", "models.OML", *CONV_NET, *RATES, *REMEMBERING],
+    "ANML": [
+        *("--model", "models.ANML", *CONV_NET, *RATES, "--model.modulator", "models.ConvNet"),
+        *("--model.modulator.hidden", "4", "--model.modulator.image_size", "16", "--model.modulator.pooled", "2"),
+        *("--model.modulator.strides", "[2, 1]", "--model.modulator.instance_norm", "true"),
+        *(*REMEMBERING, "--data.remember_from", "all", "--data.train_experiences", "1", "--data.train_queries", "0"),
+    ],
+    "GeMCL": ["--model", "models.GeMCL", *BACKBONE, *STREAMS],
+    "ALPaCA": ["--model", "models.ALPaCA", *BACKBONE, *STREAMS, "--data.own_labels", "false"],
+    "FineTune": ["--model", "models.FineTune", *CONV_NET, *RATES, "--model.eval_adapts", "network", *STREAMS],
+}
 LEARNERS = ALGORITHMS | REGRESSORS | AGENTS | CONTINUAL
 # What has nothing to train.
 STRATEGIES = {
