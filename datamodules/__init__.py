@@ -1,6 +1,7 @@
 """One file per task distribution; each data module is found here by name."""
 
 from datamodules.continual.class_streams import ClassStreams
+from datamodules.continual.returning_streams import ReturningStreams
 from datamodules.continual.transformed_streams import TransformedStreams
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support
@@ -44,6 +45,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     ClassStreams,
     Digits,
     TransformedStreams,
+    ReturningStreams,
 )
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "Omniglot",
     "PointRobot",
     "Quadratics",
+    "ReturningStreams",
     "Sinusoid",
     "Support",
     "TabularMDPs",

@@ -230,7 +230,6 @@ STREAMS = [
     *("--data", "datamodules.ClassStreams", "--data.source", "tests.support.toy.ToyImages", "--data.experiences", "4"),
     *("--data.shots", "2", "--data.queries", "2", "--data.train_experiences", "3", "--data.meta_batch_size", "4"),
 ]
-CONTINUAL = {"NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS]}
 # The toy images turned: learners that have nothing to train before a stream.
 TURNED = [
     *("--data", "datamodules.TransformedStreams", "--data.source", "tests.support.toy.ToyImages"),
