@@ -16,20 +16,19 @@ from models.conditioning.modulation import Modulation
 from models.conditioning.optimization import Rates, UpdateRule
 from models.conditioning.simple_cnaps import SimpleCNAPs
 from models.conditioning.tadam import TADAM
+from models.continual.alpaca import ALPaCA
+from models.continual.anml import ANML
 from models.continual.ewc import EWC
 from models.continual.experience_replay import ExperienceReplay
+from models.continual.fine_tune import FineTune
 from models.continual.gem import AGEM, GEM
+from models.continual.gemcl import GeMCL
 from models.continual.lamaml import LaMAML
 from models.continual.learner import ContinualLearner
 from models.continual.nearest_class_mean import NearestClassMean
-from models.continual.online_sgd import OnlineSGD
-from models.continual.alpaca import ALPaCA
-from models.continual.anml import ANML
-from models.continual.fine_tune import FineTune
-from models.continual.gemcl import GeMCL
-from models.continual.learner import ContinualLearner
-from models.continual.nearest_class_mean import NearestClassMean
 from models.continual.oml import OML
+from models.continual.online_sgd import OnlineSGD
+from models.continual.task_memory import TaskMemory
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -122,6 +121,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     GeMCL,
     ALPaCA,
     FineTune,
+    TaskMemory,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (
@@ -220,6 +220,7 @@ __all__ = [
     "SimpleCNAPs",
     "Task2Vec",
     "TaskLabel",
+    "TaskMemory",
     "TrainedEmbedding",
     "UnitLength",
     "UpdateRule",

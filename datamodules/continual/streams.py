@@ -122,7 +122,6 @@ class OnlineExperiences(StreamTasks):
             )
         rows, query_rows = (r[:, number : number + 1] for r in (stream.rows, stream.query_rows))
         needed, among = torch.cat([rows.flatten(), query_rows.flatten()]).unique(return_inverse=True)
-        of_time = {n: v[:, number : number + 1] for n, v in stream.task.items() if v.shape[1:2] == stream.rows.shape[1:2]}
         return dataclasses.replace(
             stream,
             inputs=stream.inputs[needed],
@@ -132,7 +131,7 @@ class OnlineExperiences(StreamTasks):
             query_y=stream.query_y[:, number : number + 1],
             index=torch.tensor([number]),
             points=(1,),
-            task=of_time,
+            task={},
         )
 
 

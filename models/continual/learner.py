@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -73,6 +74,25 @@ class ContinualLearner(MetaLearner):
     def predict(self, state: Any, query_x: Tensor) -> Any:
         """Logits (Q, classes), or values (Q, out), for encoded inputs of any experience."""
         raise NotImplementedError
+
+    def noted(self, state: Any) -> dict[str, Tensor]:
+        """What is looked at in a state after an experience, by name; ``followed`` has it of all, (T, J, …)."""
+        return {}
+
+    def open_store(self, folder: Path | None, state: dict[str, Any] | None = None) -> None:
+        """Where a run is one stream: keep what is kept on disk in this folder, None: where no other process finds it.
+
+        Args:
+            folder: of the run.
+            state: what ``save_store`` left in the checkpoint that is gone on from; None at the beginning.
+        """
+
+    def save_store(self) -> dict[str, Any] | None:
+        """What a checkpoint needs to find again what is on disk; None where nothing is."""
+        return None
+
+    def close_store(self) -> None:
+        """Let go of what is on disk."""
 
     # What all share -------------------------------------------------------------------------------------------------
 
@@ -151,24 +171,27 @@ class ContinualLearner(MetaLearner):
             matrix (T, P, J): after the p-th point the accuracy on the queries of each experience so far, nan for those
             to come; learned (T, P, J): the same on the examples that were learned; first, before, after (T, J):
             accuracy on the queries of each experience before the stream, just before it arrives and just after;
-            online (T, J): on its examples before they are learned.
+            online (T, J): on its examples before they are learned. Beside them what is ``noted``.
         """
         points = set(streams.points)
 
         def one(stream: Stream) -> dict[str, Tensor]:
             state = self.begin(stream.classes, stream.chance)
             found: dict[str, list[Tensor]] = {n: [] for n in ("matrix", "learned", "before", "after", "online")}
+            noted: dict[str, list[Tensor]] = {}
             first = self._right(state, stream.query_x, stream.query_y)
             for j in range(len(stream.x)):
                 found["online"].append(self._right(state, stream.x[j : j + 1], stream.y[j : j + 1])[0])
                 found["before"].append(self._right(state, stream.query_x[j : j + 1], stream.query_y[j : j + 1])[0])
                 state = self.update(state, stream.experience(j))
                 found["after"].append(self._right(state, stream.query_x[j : j + 1], stream.query_y[j : j + 1])[0])
+                for name, value in self.noted(state).items():
+                    noted.setdefault(name, []).append(value)
                 if j + 1 in points:
                     to_come = first.new_full((len(stream.x) - j - 1,), torch.nan)
                     for name, x, y in (("matrix", stream.query_x, stream.query_y), ("learned", stream.x, stream.y)):
                         found[name].append(torch.cat([self._right(state, x[: j + 1], y[: j + 1]), to_come]))
-            return {"first": first, **{name: torch.stack(values) for name, values in found.items()}}
+            return {"first": first, **{name: torch.stack(values) for name, values in (found | noted).items()}}
 
         return self.map_encoded(one, self.encoded(streams), streams, chunk=self.followed_at_once)
 
