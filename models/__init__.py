@@ -27,6 +27,7 @@ from models.continual.lamaml import LaMAML
 from models.continual.learner import ContinualLearner
 from models.continual.nearest_class_mean import NearestClassMean
 from models.continual.oml import OML
+from models.continual.online import Online
 from models.continual.online_sgd import OnlineSGD
 from models.continual.task_memory import TaskMemory
 from models.core.learner import MetaLearner
@@ -205,6 +206,7 @@ __all__ = [
     "NearestNeighbour",
     "Network",
     "NeuralStatistician",
+    "Online",
     "OnlineSGD",
     "Pretrained",
     "ProbabilisticTaskModel",

@@ -114,12 +114,8 @@ class OnlineExperiences(StreamTasks):
     def sample(self, indices: Sequence[int]) -> Streams:
         if self._stream is None:
             self._stream = self.whole.sample([0])
-        stream, (number,) = self._stream, indices
-        if number >= stream.experiences:
-            raise DataError(
-                f"the stream has {stream.experiences} experiences but the run takes more steps: give "
-                f"--trainer.max_steps {stream.experiences}, or raise experiences"
-            )
+        stream, (index,) = self._stream, indices
+        number = min(index, stream.experiences - 1)  # loaders ask for one more than a run takes
         rows, query_rows = (r[:, number : number + 1] for r in (stream.rows, stream.query_rows))
         needed, among = torch.cat([rows.flatten(), query_rows.flatten()]).unique(return_inverse=True)
         return dataclasses.replace(
@@ -129,7 +125,7 @@ class OnlineExperiences(StreamTasks):
             y=stream.y[:, number : number + 1],
             query_rows=among[rows.numel() :].view(query_rows.shape),
             query_y=stream.query_y[:, number : number + 1],
-            index=torch.tensor([number]),
+            index=torch.tensor([index]),
             points=(1,),
             task={},
         )

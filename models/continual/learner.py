@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datamodules.continual.streams import Streams
 from datamodules.core.episodes import Support
+from datamodules.core.errors import ConfigError
 from models.core.chance import Chance
 from models.core.learner import MetaLearner
 from models.core.metrics import FINGERPRINT
@@ -79,12 +80,17 @@ class ContinualLearner(MetaLearner):
         """What is looked at in a state after an experience, by name; ``followed`` has it of all, (T, J, …)."""
         return {}
 
-    def open_store(self, folder: Path | None, state: dict[str, Any] | None = None) -> None:
-        """Where a run is one stream: keep what is kept on disk in this folder, None: where no other process finds it.
+    def with_facts(self, found: dict[str, Tensor], streams: Streams) -> dict[str, Tensor]:
+        """What was ``followed``, and what data tell of the experiences as far as metrics need it."""
+        return found
+
+    def open_store(self, folder: Path | None, state: dict[str, Any] | None, source: Path | None) -> None:
+        """Where a run is one stream: find, or begin, what is kept on disk.
 
         Args:
-            folder: of the run.
+            folder: of the run; None: where no other process finds it.
             state: what ``save_store`` left in the checkpoint that is gone on from; None at the beginning.
+            source: folder of the run that this checkpoint is of.
         """
 
     def save_store(self) -> dict[str, Any] | None:
@@ -157,6 +163,14 @@ class ContinualLearner(MetaLearner):
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
         return {"accuracy": correct(prediction, target).mean(-1)}
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if getattr(self.trainer.datamodule, "online", False):
+            raise ConfigError(
+                f"data.online is true but {type(self).__name__} is meta-trained on many streams: give models.Online, "
+                "with it as its learner"
+            )
+
     def encoded(self, streams: Streams) -> Tensor:
         """All inputs of a meta-batch encoded, in evaluation."""
         inputs = streams.inputs
@@ -205,7 +219,7 @@ class ContinualLearner(MetaLearner):
         return correct(self.predict(state, x.flatten(0, 1)), y.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
     def evaluation_step(self, batch: Streams, stage: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = self.followed(batch)
+        found = self.with_facts(self.followed(batch), batch)
         facts = {**batch.task, FINGERPRINT: batch.fingerprint()} if stage == "test" else None
         kept = {"matrix": found["matrix"]} if stage == "test" else None
         self.stage_metrics(stage).update(batch.index, self.metrics_of_streams(found), facts, kept)

@@ -212,15 +212,15 @@ class TaskMemory(ContinualLearner):
         used = ((state.memory.used > 0) & held).sum() / held.sum().clamp(min=1)
         return {"retrieved": state.retrieved, "usage": used}
 
-    def followed(self, streams: Streams) -> dict[str, Tensor]:
-        """Beside what all learners do: where groups return, which visits were returns, and what was retrieved right."""
-        found = super().followed(streams)
-        if "visits" in streams.task:
-            visits, retrieved = streams.task["visits"], found["retrieved"]
-            of_group = visits.gather(1, retrieved.flatten(1).clamp(min=0)).view_as(retrieved)
-            found["right"] = (of_group == visits[..., None]) & (retrieved >= 0)
-            found["returns"] = streams.task["returns"].bool()
-        return found
+    def with_facts(self, found: dict[str, Tensor], streams: Streams) -> dict[str, Tensor]:
+        """Where groups return: which visits were returns, and what of the retrieved is of the group."""
+        if "visits" not in streams.task:
+            return found
+        retrieved = found["retrieved"]
+        visits, returns = (streams.task[n][:, : retrieved.shape[1]] for n in ("visits", "returns"))
+        of_group = visits.gather(1, retrieved.flatten(1).clamp(min=0)).view_as(retrieved)
+        right = (of_group == visits[..., None]) & (retrieved >= 0)
+        return found | {"right": right, "returns": returns.bool()}
 
     def metrics_of_streams(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         metrics = super().metrics_of_streams(found) | {"usage": found["usage"][:, -1]}

@@ -287,7 +287,7 @@ def test_retrieval_beats_replay_of_as_much():
         whole = {"keep": 24, "retrieve": 6, "steps": 100, "rate": 0.01} | settings
         model = TaskMemory(AsIs(8), **whole).double().eval()
         with torch.inference_mode():
-            found[name] = model.metrics_of_streams(model.followed(given))
+            found[name] = model.metrics_of_streams(model.with_facts(model.followed(given), given))
     for rival in ("random", "none"):
         for name in ("task", "feature"):
             better = found[name]["return_accuracy"] - found[rival]["return_accuracy"]
@@ -313,7 +313,8 @@ def test_what_was_retrieved_is_told():
     torch.testing.assert_close(metrics["usage"], torch.tensor([0.2]))
     given = streams(3)
     with torch.inference_mode():
-        along = TaskMemory(AsIs(8), keep=100, retrieve=3).double().eval().followed(given)
+        model = TaskMemory(AsIs(8), keep=100, retrieve=3).double().eval()
+        along = model.with_facts(model.followed(given), given)
     assert (along["retrieved"][:, 0] == -1).all() and (along["retrieved"][:, 1] == 0).all()
     visits = given.task["visits"]
     for t in range(3):
