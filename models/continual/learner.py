@@ -84,13 +84,14 @@ class ContinualLearner(MetaLearner):
         """What was ``followed``, and what data tell of the experiences as far as metrics need it."""
         return found
 
-    def open_store(self, folder: Path | None, state: dict[str, Any] | None, source: Path | None) -> None:
+    def open_store(self, folder: Path | None, state: dict[str, Any] | None, source: Path | None, trains: bool) -> None:
         """Where a run is one stream: find, or begin, what is kept on disk.
 
         Args:
             folder: of the run; None: where no other process finds it.
             state: what ``save_store`` left in the checkpoint that is gone on from; None at the beginning.
             source: folder of the run that this checkpoint is of.
+            trains: whether experiences are learned; otherwise nothing on disk is changed.
         """
 
     def save_store(self) -> dict[str, Any] | None:

@@ -173,7 +173,8 @@ class Online(MetaLearner):
             if saved is not None and self.trainer.ckpt_path is not None:
                 beside = Path(self.trainer.ckpt_path).absolute().parent
                 source = beside.parent if beside.name == CHECKPOINTS else beside
-            self.learner.open_store(folder, self._store if saved is None else saved["store"], source)
+            state, trains = self._store if saved is None else saved["store"], self.trainer.state.fn == "fit"
+            self.learner.open_store(folder, state, source, trains)
             self._opened = True
         if saved is not None:
             self.key, self.classes = saved["key"], saved["classes"]
@@ -206,7 +207,7 @@ class Online(MetaLearner):
             self._opened = False
 
     def teardown(self, stage: str) -> None:
-        if self._opened:
-            self._store = self.learner.save_store()
+        if self._opened and not getattr(self.trainer, "fast_dev_run", False):  # which leaves no file
+            self._store = self.learner.save_store() or self._store
             self.learner.close_store()
             self._opened = False

@@ -53,8 +53,17 @@ class Store(Protocol):
     @property
     def met(self) -> Tensor: ...
 
-    def distances(self, to: Tensor, by: By) -> Tensor:
-        """Of each example's feature or task embedding the least squared distance to any of (K, …), (M,)."""
+    @property
+    def kept(self) -> Any:
+        """What of it is in the state."""
+        ...
+
+    def nearest(self, to: Tensor, by: By, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The places whose features, or task embeddings, are the nearest to any of (K, …).
+
+        Returns:
+            So many places in their own order, or all M; whether something is there; and the squared distances.
+        """
         ...
 
     def at(self, place: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,8 +105,14 @@ class Records(NamedTuple):
         x, task = like.new_zeros(size, features), like.new_zeros(size, embedding)
         return cls(x, none, task, none, like.new_zeros(size), none, none, none.bool(), none.new_zeros(classes))
 
-    def distances(self, to: Tensor, by: By) -> Tensor:
-        return nearest_of(self.x if by == "feature" else self.task, to)
+    @property
+    def kept(self) -> Records:
+        return self
+
+    def nearest(self, to: Tensor, by: By, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        distance = nearest_of(self.x if by == "feature" else self.task, to)
+        place, there = chosen(distance, self.held, number)
+        return place, there, distance[place]
 
     def at(self, place: Tensor) -> tuple[Tensor, Tensor]:
         return self.x[place], self.y[place]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from datamodules.core.errors import at_least
 from datamodules.core.metric import Metric
 from models.continual.descent import slopes, with_one
 from models.continual.learner import ContinualLearner, Stream
-from models.continual.records import By, Entries, Records, Writes, chosen, destinations
+from models.continual.memory_file import FILE, Filed, FileStore, MemoryFile, Search, faiss_of
+from models.continual.records import By, Entries, Records, Store, Writes, chosen, destinations
 from models.core.chance import Chance
 from models.core.learner import Paper
 from models.core.predictions import cross_entropies
@@ -32,7 +34,7 @@ class TaskState(NamedTuple):
 
     Attributes:
         head: (classes, features + 1), its last column the bias.
-        memory: see ``models.continual.records.Store``.
+        memory: ``Records``, or ``Filed`` where they are on disk.
         experiences: so far, () int64.
         retrieved: experiences that what was retrieved last is of, (R,) int64; -1 where there was nothing.
         chance: the stream's own.
@@ -69,6 +71,9 @@ class TaskMemory(ContinualLearner):
         steps: of gradient descent on the head.
         rate: of these steps, at the beginning of meta-training.
         local: examples that each query's head is adapted to, by as many steps; 0 leaves it as it is.
+        on_disk: where a run is one stream (``models.Online``), keep the memory in a file of the run's folder, of which
+            no more is held in memory than labels and numbers of each place.
+        search: on disk, see ``models.continual.memory_file.MemoryFile``.
         **others: see MetaLearner.
     """
 
@@ -97,6 +102,8 @@ class TaskMemory(ContinualLearner):
         steps: int = 10,
         rate: float = 0.1,
         local: int = 0,
+        on_disk: bool = False,
+        search: Search = "exact",
         batch_norm: BatchNormMode = "running",
         **others: Any,
     ) -> None:
@@ -110,6 +117,12 @@ class TaskMemory(ContinualLearner):
         self.by: By = by
         self.writes: Writes = writes
         self.start_from = start
+        self.on_disk = on_disk
+        self.search: Search = search
+        if on_disk:
+            at_least(1, keep=keep)
+            faiss_of(search)
+        self._file: MemoryFile | None = None
         self.log_rate = nn.Parameter(torch.tensor(math.log(rate)))
         self._size = backbone.out_features + 1
 
@@ -127,20 +140,36 @@ class TaskMemory(ContinualLearner):
 
     def begin(self, classes: int, chance: Chance) -> TaskState:
         like = next(self.backbone.parameters())
-        size = self._size - 1 if self.embedding is None else self.embedding.embedding_size
-        memory = self.empty(size, classes, like)
+        memory = Records.empty(0 if self._file else self.keep, self._size, self._embedding, classes, like)
+        if self._file:
+            counted = torch.zeros(self.keep, dtype=torch.int64, device=like.device)
+            memory = Filed(counted.new_zeros(()), counted, memory.met)
         none = torch.full((self.retrieve,), -1, dtype=torch.int64, device=like.device)
         return TaskState(like.new_zeros(classes, self._size), memory, none.new_zeros(()), none, chance)
 
-    def empty(self, embedding: int, classes: int, like: Tensor) -> Any:
-        """The memory at the beginning of a stream."""
-        return Records.empty(self.keep, self._size, embedding, classes, like)
+    @property
+    def _embedding(self) -> int:
+        """d of the task embedding."""
+        return self._size - 1 if self.embedding is None else self.embedding.embedding_size
+
+    def memory(self, state: TaskState) -> Store:
+        """The memory of a state."""
+        kept = state.memory
+        if self._file is None or not isinstance(kept, Filed):
+            return kept
+        if int(kept.sequence) == self._file.sequence:
+            return FileStore(self._file, kept.used, kept.met, state.head)
+        if int(kept.sequence):
+            raise ValueError("the task memory on disk is that of another state: it goes on from the last one alone")
+        return Records.empty(1, self._size, self._embedding, len(kept.met), state.head)  # of no experience
 
     def update(self, state: TaskState, experience: Support) -> TaskState:
         features, task = experience.x[:, : self._size], self.embedded(experience.x)
-        place, there, chance = self.retrieved(state, features, task)
-        x, y = state.memory.at(place)
-        memory = state.memory.counted(place, there)
+        memory = self.memory(state)
+        place, there, chance = self.retrieved(memory, state.chance, features, task)
+        of_experience = torch.where(there, memory.experience[place], -1)
+        x, y = memory.at(place)
+        memory = memory.counted(place, there)
         head = torch.zeros_like(state.head) if self.start_from == "zero" else state.head
         weight = torch.cat([torch.ones_like(features[:, 0]), there.to(features.dtype)])
         head = self.descended(head, torch.cat([features, x]), torch.cat([experience.y, y]), weight)
@@ -149,8 +178,7 @@ class TaskMemory(ContinualLearner):
             entries = Entries(features, experience.y, task, state.experiences, loss)
             where, met, chance = destinations(self.writes, memory, entries, chance)
             memory = memory.put(where, entries, met)
-        of_experience = torch.where(there, state.memory.experience[place], -1)
-        return TaskState(head, memory, state.experiences + 1, of_experience, chance)
+        return TaskState(head, memory.kept, state.experiences + 1, of_experience, chance)
 
     def embedded(self, x: Tensor) -> Tensor:
         """The task embedding of an experience's encoded examples (N, …), (d,)."""
@@ -161,17 +189,16 @@ class TaskMemory(ContinualLearner):
         with normalize_by(self.statistics_source):
             return self.embedding.embed_task(Support(inputs, one_class, 1))
 
-    def retrieved(self, state: TaskState, features: Tensor, task: Tensor) -> tuple[Tensor, Tensor, Chance]:
+    def retrieved(self, memory: Store, chance: Chance, features: Tensor, task: Tensor) -> tuple[Tensor, Tensor, Chance]:
         """Places of the memory (R,), whether something is there (R,), and the chance."""
-        held, chance = state.memory.held, state.chance
         if self.by == "random":
-            score, chance = chance.uniform(len(held))
-        elif self.retrieve < self.keep:
-            to = task[None] if self.by == "embedding" else features
-            score = state.memory.distances(to, self.by)
-        else:
-            score = torch.zeros_like(state.memory.loss)
-        return *chosen(score, held, self.retrieve), chance
+            lots, chance = chance.uniform(self.keep)
+            return *chosen(lots, memory.held, self.retrieve), chance
+        if self.retrieve == self.keep:
+            return *chosen(torch.zeros_like(memory.loss), memory.held, self.keep), chance
+        to = task[None] if self.by == "embedding" else features
+        place, there, _ = memory.nearest(to, self.by, self.retrieve)
+        return place, there, chance
 
     def descended(self, head: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """A head after steps on the mean cross-entropy of examples (N, features + 1) that count by ``weight`` (N,)."""
@@ -182,14 +209,18 @@ class TaskMemory(ContinualLearner):
 
     def predict(self, state: TaskState, query_x: Tensor) -> Tensor:
         x = query_x[:, : self._size]
-        return vmap(lambda one: self.local_logits(state, one))(x) if self.local else x @ state.head.T
+        if not self.local:
+            return x @ state.head.T
+        if self._file is None:
+            return vmap(lambda one: self.local_logits(state, one))(x)
+        return torch.stack([self.local_logits(state, one) for one in x])
 
     def local_logits(self, state: TaskState, x: Tensor) -> Tensor:
         """Of one query (features + 1,), by a head that is adapted to what is nearest to it, (classes,)."""
-        distance = state.memory.distances(x[None], "feature")
-        place, there = chosen(distance, state.memory.held, self.local)
-        kernel = there / (NEAR + distance[place])
-        return self.descended(state.head, *state.memory.at(place), kernel) @ x
+        memory = self.memory(state)
+        place, there, distance = memory.nearest(x[None], "feature", self.local)
+        kernel = there / (NEAR + distance)
+        return self.descended(state.head, *memory.at(place), kernel) @ x
 
     def objective(self, task: Stream) -> tuple[Tensor, Tensor]:
         """The mean loss on the queries of each experience just after it."""
@@ -205,11 +236,33 @@ class TaskMemory(ContinualLearner):
         prediction = torch.cat(predictions)
         return self.loss(prediction, task.query_y.flatten()), prediction
 
+    # On disk --------------------------------------------------------------------------------------------------------
+
+    def open_store(self, folder: Path | None, state: dict[str, Any] | None, source: Path | None, trains: bool) -> None:
+        if not self.on_disk or not (trains or self.local):  # without local steps the head is all that predicts
+            return
+        where = folder if trains else source
+        path, dtype = None if where is None else where / FILE, next(self.backbone.parameters()).dtype
+        self._file = MemoryFile(path, self.keep, self._size, self._embedding, dtype, self.search, trains)
+        if state is None:
+            self._file.clear()
+        else:
+            self._file.load(state, None if source is None else source / FILE)
+
+    def save_store(self) -> dict[str, Any] | None:
+        return None if self._file is None else self._file.state_dict()
+
+    def close_store(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     # What is measured -----------------------------------------------------------------------------------------------
 
     def noted(self, state: TaskState) -> dict[str, Tensor]:
-        held = state.memory.held
-        used = ((state.memory.used > 0) & held).sum() / held.sum().clamp(min=1)
+        memory = self.memory(state)
+        held = memory.held
+        used = ((memory.used > 0) & held).sum() / held.sum().clamp(min=1)
         return {"retrieved": state.retrieved, "usage": used}
 
     def with_facts(self, found: dict[str, Tensor], streams: Streams) -> dict[str, Tensor]:
