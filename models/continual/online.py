@@ -39,7 +39,6 @@ class Online(MetaLearner):
     tasks = frozenset({"stream"})
 
     def __init__(self, learner: ContinualLearner, **others: Any) -> None:
-        learner.eval()
         super().__init__(
             # A step of training is a step of an optimizer, of a parameter that stays what it is.
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
@@ -61,11 +60,6 @@ class Online(MetaLearner):
         self._store: dict[str, Any] | None = None  # of a store that was closed
         self._opened = False
 
-    def train(self, mode: bool = True) -> Online:
-        super().train(mode)
-        self.learner.eval()
-        return self
-
     def check(self, data: EpisodicDataModule) -> str | None:
         if not getattr(data, "online", False):
             return "models.Online learns one stream: set data.online to true"
@@ -81,6 +75,7 @@ class Online(MetaLearner):
         return correct(self.learner.predict(state, x), y).mean()
 
     def training_step(self, batch: Streams, batch_idx: int) -> Tensor:
+        self.learner.eval()  # as on a stream of evaluation
         with torch.no_grad():
             encoded = self.learner.encoded(batch)
             x, q = encoded[batch.rows[0, 0]], encoded[batch.query_rows[0, 0]]
