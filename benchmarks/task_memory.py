@@ -121,7 +121,7 @@ def measure(
     features = UnitLength(Pretrained(Conv4(hidden=args.hidden, downsample="pool"), str(backbone(args))))
     features.backbone.load()
     means = name == "nearest class mean"
-    learner: ContinualLearner = NearestClassMean(features) if means else TaskMemory(features, steps=20, **settings)
+    learner: ContinualLearner = NearestClassMean(features) if means else TaskMemory(features, steps=100, **settings)
     learner.eval()
     begin, parts = time.process_time(), []
     for first in range(0, streams, args.batch):

@@ -84,6 +84,7 @@ class TaskMemory(ContinualLearner):
         2018,
         "https://arxiv.org/abs/1802.10542",
     )
+    selects_by = "learning_accuracy"
     own_metrics = {
         "return_accuracy": Metric("higher", "accuracy on a group that returns, just after it", share=True),
         "precision": Metric("higher", "share of the retrieved that is of the group that returns", share=True),
@@ -99,8 +100,8 @@ class TaskMemory(ContinualLearner):
         by: By = "embedding",
         writes: Writes = "reservoir",
         start: Literal["zero", "last"] = "zero",
-        steps: int = 10,
-        rate: float = 0.1,
+        steps: int = 100,
+        rate: float = 0.3,
         local: int = 0,
         on_disk: bool = False,
         search: Search = "exact",
