@@ -168,6 +168,7 @@ def time_search(args: argparse.Namespace, console: Console) -> None:
         if size > args.keys:
             break
         file = MemoryFile(None, size, 65, 64)
+        file.clear()
         file.held[:] = True  # as if all places were taken: of zeros, which are as many numbers
         to, times = torch.randn(1, 64), []
         for _ in range(3):
