@@ -4,6 +4,7 @@ from datamodules.continual.class_streams import ClassStreams
 from datamodules.continual.instance_streams import InstanceStreams
 from datamodules.continual.osaka import OsakaStreams
 from datamodules.continual.rainbow import RainbowImages
+from datamodules.continual.returning_streams import ReturningStreams
 from datamodules.continual.transformed_streams import TransformedStreams
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes, Support
@@ -50,6 +51,7 @@ DATA: tuple[type[EpisodicDataModule], ...] = (
     TransformedStreams,
     RainbowImages,
     OsakaStreams,
+    ReturningStreams,
 )
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "PointRobot",
     "Quadratics",
     "RainbowImages",
+    "ReturningStreams",
     "Sinusoid",
     "Support",
     "TabularMDPs",

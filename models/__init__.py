@@ -30,8 +30,10 @@ from models.continual.learner import ContinualLearner
 from models.continual.mann import MANN
 from models.continual.nearest_class_mean import NearestClassMean
 from models.continual.oml import OML
+from models.continual.online import Online
 from models.continual.online_sgd import OnlineSGD
 from models.continual.rare_events import RareEvents
+from models.continual.task_memory import TaskMemory
 from models.core.learner import MetaLearner
 from models.core.pretrained import Pretrained, TrainedEmbedding
 from models.generative.attentive_neural_process import ANP
@@ -128,6 +130,7 @@ ALGORITHMS: tuple[type[MetaLearner], ...] = (
     FineTune,
     FTML,
     ContinualMAML,
+    TaskMemory,
 )
 # Learners without parameters, which are evaluated and not trained.
 STRATEGIES: tuple[type[MetaLearner], ...] = (
@@ -214,6 +217,7 @@ __all__ = [
     "NearestNeighbour",
     "Network",
     "NeuralStatistician",
+    "Online",
     "OnlineSGD",
     "Pixels",
     "Pretrained",
@@ -231,6 +235,7 @@ __all__ = [
     "SimpleCNAPs",
     "Task2Vec",
     "TaskLabel",
+    "TaskMemory",
     "TrainedEmbedding",
     "UnitLength",
     "UpdateRule",

@@ -92,6 +92,45 @@ class StreamTasks(TaskDistribution):
         raise NotImplementedError
 
 
+class OnlineExperiences(StreamTasks):
+    """The first stream of a distribution, experience by experience: number s is a stream of experience s alone.
+
+    Args:
+        whole: the distribution.
+    """
+
+    def __init__(self, whole: StreamTasks) -> None:
+        self.whole, self.seed, self.points = whole, whole.seed, (1,)
+        self._stream: Streams | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.whole.class_names
+
+    @property
+    def group_names(self) -> list[str] | None:
+        return self.whole.group_names
+
+    def sample(self, indices: Sequence[int]) -> Streams:
+        if self._stream is None:
+            self._stream = self.whole.sample([0])
+        stream, (index,) = self._stream, indices
+        number = min(index, stream.experiences - 1)  # loaders ask for one more than a run takes
+        rows, query_rows = (r[:, number : number + 1] for r in (stream.rows, stream.query_rows))
+        needed, among = torch.cat([rows.flatten(), query_rows.flatten()]).unique(return_inverse=True)
+        return dataclasses.replace(
+            stream,
+            inputs=stream.inputs[needed],
+            rows=among[: rows.numel()].view(rows.shape),
+            y=stream.y[:, number : number + 1],
+            query_rows=among[rows.numel() :].view(query_rows.shape),
+            query_y=stream.query_y[:, number : number + 1],
+            index=torch.tensor([index]),
+            points=(1,),
+            task={},
+        )
+
+
 def keys(seed: int, split: str, indices: Sequence[int], purpose: int = 1) -> Tensor:
     """A number for each stream, (T,) int64, that no other stream, split, seed or purpose has."""
     # Streams of chance of the same tasks: ``purpose`` tells them from those that examples are drawn by.
@@ -107,6 +146,8 @@ class StreamDataModule(EpisodicDataModule):
         shots, queries: N and Q, the examples that an experience teaches, and those that it is tested by.
         train_experiences, train_shots, train_queries: of meta-training, where they differ (None: the same).
         points: after how many experiences all so far is tested; None: see ``usual_points``.
+        online: a run is one stream, the first of the meta-test split: its experience s is what training step s is
+            given, and what is validated and tested is what it has come to. For ``models.Online``.
         meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed: see EpisodicDataModule; of streams.
     """
 
@@ -122,6 +163,7 @@ class StreamDataModule(EpisodicDataModule):
         train_queries: int | None = None,
         val_experiences: int | None = None,
         points: list[int] | None = None,
+        online: bool = False,
         meta_batch_size: int = 1,
         val_tasks: int = 10,
         test_tasks: int = 50,
@@ -129,7 +171,15 @@ class StreamDataModule(EpisodicDataModule):
         workers: int = 0,
         seed: int = 0,
     ) -> None:
+        if online:
+            if meta_batch_size > 1:
+                raise ValueError(
+                    f"meta_batch_size is {meta_batch_size} but an online run takes one experience at a time: set it to "
+                    "1, or online to false"
+                )
+            val_tasks = test_tasks = 1
         super().__init__(meta_batch_size, val_tasks, test_tasks, eval_batch_size, workers, seed)
+        self.online = online
         at_least(1, experiences=experiences, shots=shots, queries=queries)
         at_least(1, train_experiences=train_experiences, train_shots=train_shots, val_experiences=val_experiences)
         at_least(0, train_queries=train_queries)
@@ -145,6 +195,16 @@ class StreamDataModule(EpisodicDataModule):
                 f"points go up to {points[-1]} but a stream has {experiences} experiences: raise experiences"
             )
         self.points = points
+
+    @property
+    def selects(self) -> bool:
+        return not self.online  # what was learned so far is all that there is
+
+    def distribution(self, split: str) -> TaskDistribution:
+        if not self.online:
+            return super().distribution(split)
+        whole: Any = super().distribution("test")
+        return OnlineExperiences(whole) if split == "train" else whole
 
     def task_shape(self) -> dict[str, int]:
         return {"experiences": self.experiences, "shots": self.shots, "queries": self.queries}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from datamodules.continual.streams import Streams
 from datamodules.core.episodes import Support
+from datamodules.core.errors import ConfigError
 from models.core.chance import Chance
 from models.core.learner import MetaLearner
 from models.core.metrics import FINGERPRINT
@@ -87,6 +89,31 @@ class ContinualLearner(MetaLearner):
         """Logits (Q, classes), or values (Q, out), for encoded inputs of any experience."""
         raise NotImplementedError
 
+    def noted(self, state: Any) -> dict[str, Tensor]:
+        """What is looked at in a state after an experience, by name; ``followed`` has it of all, (T, J, …)."""
+        return {}
+
+    def with_facts(self, found: dict[str, Tensor], streams: Streams) -> dict[str, Tensor]:
+        """What was ``followed``, and what data tell of the experiences as far as metrics need it."""
+        return found
+
+    def open_store(self, folder: Path | None, state: dict[str, Any] | None, source: Path | None, trains: bool) -> None:
+        """Where a run is one stream: find, or begin, what is kept on disk.
+
+        Args:
+            folder: of the run; None: where no other process finds it.
+            state: what ``save_store`` left in the checkpoint that is gone on from; None at the beginning.
+            source: folder of the run that this checkpoint is of.
+            trains: whether experiences are learned; otherwise nothing on disk is changed.
+        """
+
+    def save_store(self) -> dict[str, Any] | None:
+        """What a checkpoint needs to find again what is on disk; None where nothing is."""
+        return None
+
+    def close_store(self) -> None:
+        """Let go of what is on disk."""
+
     # What all share -------------------------------------------------------------------------------------------------
 
     def map(self, function: Callable[..., Any], episodes: Streams, *further: Tensor) -> Any:  # pyright: ignore
@@ -150,6 +177,14 @@ class ContinualLearner(MetaLearner):
     def per_task(self, prediction: Any, target: Tensor) -> dict[str, Tensor]:
         return {"accuracy": correct(prediction, target).mean(-1)}
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if getattr(self.trainer.datamodule, "online", False):
+            raise ConfigError(
+                f"data.online is true but {type(self).__name__} is meta-trained on many streams: give models.Online, "
+                "with it as its learner"
+            )
+
     def encoded(self, streams: Streams) -> Tensor:
         """All inputs of a meta-batch encoded, in evaluation."""
         inputs = streams.inputs
@@ -164,13 +199,14 @@ class ContinualLearner(MetaLearner):
             matrix (T, P, J): after the p-th point the accuracy on the queries of each experience so far, nan for those
             to come; learned (T, P, J): the same on the examples that were learned; first, before, after (T, J):
             accuracy on the queries of each experience before the stream, just before it arrives and just after;
-            online (T, J): on its examples before they are learned.
+            online (T, J): on its examples before they are learned. Beside them what is ``noted``.
         """
         points = set(streams.points)
 
         def one(stream: Stream) -> dict[str, Tensor]:
             state = self.begin(stream.classes, stream.chance)
             found: dict[str, list[Tensor]] = {n: [] for n in ("matrix", "learned", "before", "after", "online")}
+            noted: dict[str, list[Tensor]] = {}
             first = self._right(state, stream.query_x, stream.query_y)
             for j in range(len(stream.x)):
                 found["online"].append(self._right(state, stream.x[j : j + 1], stream.y[j : j + 1])[0])
@@ -179,11 +215,13 @@ class ContinualLearner(MetaLearner):
                 for name, value in self.watched(state).items():
                     found.setdefault(name, []).append(value)
                 found["after"].append(self._right(state, stream.query_x[j : j + 1], stream.query_y[j : j + 1])[0])
+                for name, value in self.noted(state).items():
+                    noted.setdefault(name, []).append(value)
                 if j + 1 in points:
                     to_come = first.new_full((len(stream.x) - j - 1,), torch.nan)
                     for name, x, y in (("matrix", stream.query_x, stream.query_y), ("learned", stream.x, stream.y)):
                         found[name].append(torch.cat([self._right(state, x[: j + 1], y[: j + 1]), to_come]))
-            return {"first": first, **{name: torch.stack(values) for name, values in found.items()}}
+            return {"first": first, **{name: torch.stack(values) for name, values in (found | noted).items()}}
 
         return self.map_encoded(one, self.encoded(streams), streams, chunk=self.followed_at_once)
 
@@ -201,7 +239,7 @@ class ContinualLearner(MetaLearner):
         return correct(self.predict(state, x.flatten(0, 1)), y.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
     def evaluation_step(self, batch: Streams, stage: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = self.followed(batch)
+        found = self.with_facts(self.followed(batch), batch)
         facts = {**batch.task, FINGERPRINT: batch.fingerprint()} if stage == "test" else None
         kept = {"matrix": found["matrix"]} if stage == "test" else None
         metrics = self.metrics_of_streams(found) | by_instance(found["online"], batch.y)

@@ -14,6 +14,43 @@ Policy = Literal["reservoir", "balanced", "oldest"]
 gives each group as many places, the group's oldest goes; with "oldest" the oldest of all goes."""
 
 
+def places(policy: Policy, met: Tensor, size: int, group: Tensor, chance: Chance) -> tuple[Tensor, Tensor, Chance]:
+    """Where examples go that arrive one after another, (N,), -1 for those that are not kept.
+
+    Args:
+        policy: which one gives way.
+        met: examples of each group before them, (groups,).
+        size: M, places of the memory.
+        group: of each example, (N,) int64.
+        chance: that a reservoir draws from.
+
+    Returns:
+        The places, ``met`` after them, and the chance after what was drawn.
+    """
+    device = group.device
+    member = group[:, None] == torch.arange(len(met), device=device)  # (N, groups)
+    number = met.sum() + torch.arange(len(group), device=device)  # of each example, from 0
+    if policy == "reservoir":
+        # The n-th of them, from 0, goes to a place among n + 1: to its own while there are more places.
+        drawn, chance = chance.integers(number + 1, len(group))
+        place = torch.where(number < size, number, torch.where(drawn < size, drawn, -1))
+    elif policy == "balanced":
+        each = size // len(met)
+        before = (met + member.cumsum(0) - member.long())[torch.arange(len(group), device=device), group]
+        place = group * each + before % each
+    else:
+        place = number % size
+    return place, met + member.sum(0), chance
+
+
+def arrivals(place: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Of examples that go to places (N,), one after another: which places are taken, (M,) bool, and by which, (M,)."""
+    # By each place the last example that goes there, -1 for none.
+    goes = place[:, None] == torch.arange(size, device=place.device)
+    last = torch.where(goes, torch.arange(len(place), device=place.device)[:, None], -1).amax(0)
+    return last >= 0, last.clamp(min=0)
+
+
 class Memory(NamedTuple):
     """M places for examples of ONE stream. Nothing is written in place: who holds a memory holds it as it was.
 
@@ -47,29 +84,14 @@ class Memory(NamedTuple):
             group: of each example, (N,) int64, below the number of groups; None: its label.
         """
         group = y if group is None else group
-        member = group[:, None] == torch.arange(len(self.met), device=y.device)  # (N, groups)
-        number = self.met.sum() + torch.arange(len(y), device=y.device)  # of each example, from 0
-        places = len(self.y)
-        if policy == "reservoir":
-            # The n-th of them, from 0, goes to a place among n + 1: to its own while there are more places.
-            drawn, chance = chance.integers(number + 1, len(y))
-            place = torch.where(number < places, number, torch.where(drawn < places, drawn, -1))
-        elif policy == "balanced":
-            each = places // len(self.met)
-            before = (self.met + member.cumsum(0) - member.long())[torch.arange(len(y), device=y.device), group]
-            place = group * each + before % each
-        else:
-            place = number % places
-        # By each place the last example that goes there, -1 for none.
-        goes = place[:, None] == torch.arange(places, device=y.device)
-        last = torch.where(goes, torch.arange(len(y), device=y.device)[:, None], -1).amax(0)
-        taken, source = last >= 0, last.clamp(min=0)
+        place, met, chance = places(policy, self.met, len(self.y), group, chance)
+        taken, source = arrivals(place, len(self.y))
         return (
             Memory(
                 torch.where(taken[:, None], x.flatten(1)[source].to(self.x.dtype), self.x),
                 torch.where(taken, y[source], self.y),
                 self.held | taken,
-                self.met + member.sum(0),
+                met,
             ),
             chance,
         )

@@ -31,6 +31,14 @@ class ToyImages(ImageDataModule):
         return torch.from_numpy(np.array(image.convert("L").resize((16, 16))))[None]
 
 
+class ToyAlphabets(ToyImages):
+    """The same in three groups of four classes."""
+
+    def classes(self, split: str) -> ImageClasses:
+        classes = super().classes(split)
+        return ImageClasses(classes.images, classes.counts, classes.names, [f"{split}{k // 4}" for k in range(12)])
+
+
 BACKBONE = ["--model.backbone", "models.Conv4", "--model.backbone.hidden", "8", "--model.backbone.image_size", "16"]
 DATA = [
     "--data",
@@ -251,6 +259,10 @@ CHANGING = [
     *("--data.shots", "2", "--data.queries", "2", "--data.experiences", "5", "--data.train_experiences", "1"),
     *("--data.meta_batch_size", "4"),
 ]
+RETURNING = [
+    *("--data", "datamodules.ReturningStreams", "--data.source", "tests.support.toy.ToyAlphabets"),
+    *("--data.groups", "2", "--data.ways", "2", "--data.experiences", "4", "--data.queries", "2"),
+]
 CONTINUAL = {
     "NearestClassMean": ["--model", "models.NearestClassMean", *BACKBONE, *STREAMS],
     "MANN": [
@@ -271,6 +283,10 @@ CONTINUAL = {
     "GeMCL": ["--model", "models.GeMCL", *BACKBONE, *STREAMS],
     "ALPaCA": [  # in a loop over streams: a convolution mapped over on a CPU passes autocast by
         *("--model", "models.ALPaCA", *BACKBONE, "--model.chunk", "1", *STREAMS, "--data.own_labels", "false"),
+    ],
+    "TaskMemory": [
+        *("--model", "models.TaskMemory", *BACKBONE, "--model.keep", "6", "--model.retrieve", "3"),
+        *("--model.steps", "2", *RETURNING, "--data.meta_batch_size", "4"),
     ],
     "FineTune": ["--model", "models.FineTune", *CONV_NET, *RATES, "--model.eval_adapts", "network", *STREAMS],
     "ContinualMAML": [
