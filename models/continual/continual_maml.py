@@ -252,7 +252,7 @@ class ContinualMAML(ContinualLearner):
 
     # What is measured -----------------------------------------------------------------------------------------------
 
-    def watched(self, state: Phase) -> dict[str, Tensor]:
+    def noted(self, state: Phase) -> dict[str, Tensor]:
         return {"boundary": state.boundary}
 
     def followed(self, streams: Streams) -> dict[str, Tensor]:

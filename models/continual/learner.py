@@ -212,8 +212,6 @@ class ContinualLearner(MetaLearner):
                 found["online"].append(self._right(state, stream.x[j : j + 1], stream.y[j : j + 1])[0])
                 found["before"].append(self._right(state, stream.query_x[j : j + 1], stream.query_y[j : j + 1])[0])
                 state = self.update(state, stream.experience(j))
-                for name, value in self.watched(state).items():
-                    found.setdefault(name, []).append(value)
                 found["after"].append(self._right(state, stream.query_x[j : j + 1], stream.query_y[j : j + 1])[0])
                 for name, value in self.noted(state).items():
                     noted.setdefault(name, []).append(value)
@@ -229,10 +227,6 @@ class ContinualLearner(MetaLearner):
     def followed_at_once(self) -> int | None:
         """How many streams are followed together in evaluation; None: all of a batch."""
         return None
-
-    def watched(self, state: Any) -> dict[str, Tensor]:
-        """What more to keep of the state after each experience, by names that ``followed`` gives back, (T, J, …)."""
-        return {}
 
     def _right(self, state: Any, x: Tensor, y: Tensor) -> Tensor:
         """The share of right predictions of each experience, (J,), of inputs (J, N, …)."""
