@@ -271,6 +271,12 @@ class RainbowImages(EpisodicDataModule):
         return f"{type(self.source).__name__}, {self.part}"
 
     @property
+    def most_arrivals(self) -> int:
+        """Batches of a task that there is time for; images may be fewer."""
+        in_time = -(-self.task_steps // self.arrival_steps)
+        return in_time if self.arrivals is None else min(in_time, self.arrivals)
+
+    @property
     def selects(self) -> bool:
         return False
 

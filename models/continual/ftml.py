@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datamodules.continual.rainbow import RainbowImages
+from datamodules.continual.rainbow import VARIATIONS, RainbowImages
 from datamodules.core.base import EpisodicDataModule
 from datamodules.core.episodes import Episodes
 from datamodules.core.errors import at_least
@@ -20,7 +20,6 @@ from models.optimization.maml import MAML
 
 Form = Literal["ftml", "everything", "scratch", "finetune"]
 NOT_YET = -1.0
-MEASURED = ("learned", "met")
 
 
 class FTML(MAML):
@@ -45,6 +44,7 @@ class FTML(MAML):
         eval_inner_steps: gradient steps on a task's data so far; None takes as many as ``inner_steps``.
         label_smoothing: share of a label that all classes have alike, in both loops.
         proficiency: accuracy from which on a task counts as learned.
+        arrivals: batches of a task at most, as many as there is room for in the table of what was measured.
         **others: see MAML.
     """
 
@@ -77,20 +77,22 @@ class FTML(MAML):
         eval_inner_steps: int | None = None,
         label_smoothing: float = 0.1,
         proficiency: float = 0.9,
+        arrivals: int = 40,
         **others: Any,
     ) -> None:
         steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         in_training, in_evaluation = {"ftml": (inner_steps, steps), "finetune": (0, steps)}.get(form, (0, 0))
         super().__init__(backbone, outputs, inner_rate, in_training, in_evaluation, **others)
         at_least(0, inner_steps=inner_steps)
+        at_least(1, arrivals=arrivals)
         for name, share in (("label_smoothing", label_smoothing), ("proficiency", proficiency)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share} but must be a share between 0 and 1")
         self.form: Form = form
         self.label_smoothing, self.proficiency = label_smoothing, proficiency
-        # Accuracy on each task after each of its arrivals, and its loss when it was met; sized when data are known.
-        self.register_buffer("learned", torch.zeros(0, 0))
-        self.register_buffer("met", torch.zeros(0))
+        # Accuracy on each task after each of its arrivals, and its loss when it was met.
+        self.register_buffer("learned", torch.full((VARIATIONS, arrivals), NOT_YET))
+        self.register_buffer("met", torch.full((VARIATIONS,), NOT_YET))
         self.first = nn.Module()
         if form == "scratch":
             for name, value in self.learner.state_dict().items():
@@ -108,14 +110,9 @@ class FTML(MAML):
             return f"FTML learns along a sequence of tasks, which {type(data).__name__} has not: use RainbowImages"
         if data.drawn != (drawn := "current" if self.form == "scratch" else "all"):
             return f"with form {self.form} the data's drawn must be {drawn}: set data.drawn to {drawn}"
+        if (most := self.learned.shape[1]) < data.most_arrivals:
+            return f"arrivals is {most} but {data.most_arrivals} batches of a task may arrive: raise model.arrivals"
         return None
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit" and not self.met.numel():
-            tasks = self.data.sequence()
-            self.learned = self.met.new_full((tasks.tasks, tasks.arrivals), NOT_YET)
-            self.met = self.met.new_full((tasks.tasks,), NOT_YET)
 
     @property
     def data(self) -> RainbowImages:
@@ -170,12 +167,10 @@ class FTML(MAML):
         not arrive, proficiency not reached, no regret.
         """
         number = batch.task["number"]
-        if not self.met.numel():  # never trained
-            return {}
-        learned, met = self.learned[number], self.met[number]
+        arrivals = max(1, int((self.learned != NOT_YET).any(0).sum()))
+        learned, met = self.learned[number, :arrivals], self.met[number]
         curve = learned.clamp(min=0)
         reached = learned >= self.proficiency
-        arrivals = learned.shape[1]
         batches = reached.int().argmax(1).where(reached.any(1), arrivals) + 1
         now = self.per_task(self.predictions(batch), batch.query_y)["nll"]
         return {
@@ -186,9 +181,3 @@ class FTML(MAML):
             "regret": (met - now).where(met != NOT_YET, 0.0),
             "arrivals": curve,
         }
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        for name in MEASURED:  # of the size of the data that they were measured on
-            if (found := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, getattr(self, name).new_zeros(found.shape))
-        super()._load_from_state_dict(state_dict, prefix, *others)

@@ -309,7 +309,7 @@ SEQUENCES = {
     "FTML": [
         *("--model", "models.FTML", *BACKBONE, "--model.outputs", "3", "--model.inner_steps", "2"),
         *("--data", "datamodules.RainbowImages", "--data.source", "tests.support.toy.ToyImages", "--data.ways", "3"),
-        *("--data.held_out", "2", "--data.arrival_steps", "2", "--data.task_steps", "5", "--data.tasks", "12"),
+        *("--data.held_out", "2", "--data.arrival_steps", "2", "--data.task_steps", "5"),
         *("--data.meta_batch_size", "4"),
     ],
 }
